@@ -1,0 +1,780 @@
+r"""Exact moments of importance ratios and of policy-gradient estimators, by two independent engines.
+
+**Enumeration** lists every trajectory of a world. It takes any estimator of `ctpo` (clipped and length-normalised
+ones too) in float64, and the rational levels in Fractions, where equality is equality. Its cost is the number of
+trajectories.
+
+**Dynamic programming** walks over Markov states. It takes the levels whose weight is a product of token ratios along
+the stream (none, token, cumulative, window, lookahead, sequence) and costs O(horizon), also in Fractions. It works
+because each such weight is a path weight of a small automaton: before a term is emitted the path may carry the factor
+1 or r per token, and likewise after it. The second moment of the summed gradient pairs two copies of the automaton,
+whose joint carries 1, r or r^2; a forward pass holds the pairs that have emitted nothing, a backward pass the
+expected remainder once one of them has.
+
+Notation: Y = R(s_end) * sum_t W_t A_t g_t with weight W_t, advantage A_t(s_t, a_t) and score g_t. With `outcome=True`
+R is the world's outcome reward, otherwise 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import isqrt
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse
+
+import ctpo
+from simulations.mdp import END, POLICY, TOOL, World, zeros
+
+#: Above this many trajectories enumeration is refused.
+MAX_TRAJECTORIES = 200_000
+#: Memory that a dynamic-programming pass may take for its stored forward pass, in bytes.
+MAX_STORED_BYTES = 2 * 1024**3
+
+Who = Literal["behavior", "target"]
+AdvantageKind = Literal["A_target", "A_behavior", "Q_target", "Q_behavior", "one"]
+
+# --- transition operators -------------------------------------------------------------------------------------------
+
+
+class _EdgeMatrix:
+    """A sparse matrix of Fractions, given by its entries."""
+
+    def __init__(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, size: int) -> None:
+        self.rows, self.columns, self.values, self.size = rows, columns, values, size
+
+    def __matmul__(self, vector: np.ndarray) -> np.ndarray:
+        result = zeros((self.size, *vector.shape[1:]), True)
+        values = self.values.reshape(-1, *[1] * (vector.ndim - 1))
+        np.add.at(result, self.rows, values * vector[self.columns])
+        return result
+
+    @property
+    def T(self) -> _EdgeMatrix:
+        return _EdgeMatrix(self.columns, self.rows, self.values, self.size)
+
+
+def _operator(world: World, coefficient: np.ndarray, keep_end: bool = False) -> Any:
+    """The matrix M[s, s'] = sum_a coefficient[s, a] P(s'|s, a), optionally with END states kept in place."""
+    state, action, nxt, probability = world.mdp.edges
+    values = coefficient[state, action] * probability
+    nonzero = values != 0
+    rows, columns, values = state[nonzero], nxt[nonzero], values[nonzero]
+    if keep_end:
+        ends = np.flatnonzero(world.mdp.kind == END)
+        rows, columns = np.concatenate([rows, ends]), np.concatenate([columns, ends])
+        values = np.concatenate([values, zeros(len(ends), world.exact) + 1])
+    n = world.mdp.n_states
+    if world.exact:
+        return _EdgeMatrix(rows, columns, values, n)
+    matrix = scipy.sparse.csr_array((values, (rows, columns)), shape=(n, n))
+    return matrix.toarray() if matrix.nnz * 16 >= n * n else matrix
+
+
+def _power_coefficients(world: World) -> list[np.ndarray]:
+    """b * r^p over the policy's states for p = 0, 1, 2 (so b, pi and pi^2/b on the behavior policy's support)."""
+    written = np.where(world.mdp.policy_states[:, None], world.behavior, world.behavior * 0)
+    return [written, written * world.ratio, written * world.ratio**2]
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """Action values q (H, S, A) and state values v (H + 1, S), for the return from step h on."""
+
+    q: np.ndarray
+    v: np.ndarray
+
+    @property
+    def advantage(self) -> np.ndarray:
+        """(H, S, A) q - v."""
+        return self.q - self.v[:-1, :, None]
+
+
+def values(world: World, who: Who = "target") -> Values:
+    r"""Q and V of one of the world's policies by backward induction.
+
+    .. math:: Q_h(s,a) = c(s,a) + \sum_{s'} P(s'|s,a) V_{h+1}(s'), \quad V_h(s) = \sum_a \pi(a|s) Q_h(s,a)
+
+    with V = outcome in END states and at the horizon.
+    """
+    mdp = world.mdp
+    horizon, n_states, n_actions = mdp.horizon, mdp.n_states, mdp.n_actions
+    written = world.token_probabilities(who)
+    v = zeros((horizon + 1, n_states), world.exact)
+    q = zeros((horizon, n_states, n_actions), world.exact)
+    v[horizon] = mdp.outcome
+    expect = _next_state_expectation(world)
+    ends = mdp.kind == END
+    for h in range(horizon - 1, -1, -1):
+        q[h] = mdp.reward + expect(v[h + 1])
+        q[h][ends] = mdp.outcome[ends, None]
+        v[h] = np.where(ends, mdp.outcome, (written * q[h]).sum(axis=1))
+    return Values(q, v)
+
+
+def _next_state_expectation(world: World) -> Callable[[np.ndarray], np.ndarray]:
+    """A function (S,) -> (S, A): the expectation over the next state."""
+    state, action, nxt, probability = world.mdp.edges
+    shape = (world.mdp.n_states, world.mdp.n_actions)
+    if not world.exact:
+        matrix = scipy.sparse.csr_array(
+            (probability, (state * shape[1] + action, nxt)), shape=(shape[0] * shape[1], shape[0])
+        )
+        return lambda vector: (matrix @ vector).reshape(shape)
+
+    def expect(vector: np.ndarray) -> np.ndarray:
+        result = zeros(shape, True)
+        np.add.at(result, (state, action), probability * vector[nxt])
+        return result
+
+    return expect
+
+
+def advantage_table(world: World, kind: AdvantageKind) -> np.ndarray:
+    """(H, S, A) table of the named advantage; "one" is all ones (for outcome rewards)."""
+    shape = (world.mdp.horizon, world.mdp.n_states, world.mdp.n_actions)
+    if kind == "one":
+        return np.broadcast_to(zeros((), world.exact) + 1, shape)
+    try:
+        letter, who = kind.split("_")
+        table = values(world, who)  # type: ignore[arg-type]
+        return {"A": table.advantage, "Q": table.q}[letter]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"kind: must be one of 'A_target', 'A_behavior', 'Q_target', 'Q_behavior', 'one', got {kind!r}"
+        ) from error
+
+
+def objective(world: World, who: Who = "target") -> Any:
+    """Expected return J of a policy."""
+    return (world.mdp.initial * values(world, who).v[0]).sum()
+
+
+def policy_gradient(world: World) -> np.ndarray:
+    r"""The true gradient of J(pi) in the target's parameters, (D,), by differentiating the Bellman equation.
+
+    .. math:: \nabla V_h(s) = \sum_a \pi(a|s) [ g(a|s) Q_h(s,a) + \sum_{s'} P(s'|s,a) \nabla V_{h+1}(s') ]
+
+    It uses neither the behavior policy nor any importance ratio.
+    """
+    mdp = world.mdp
+    table = values(world, "target")
+    states = np.arange(mdp.n_states)
+    d = world.local_scores.shape[2]
+    written = world.token_probabilities("target")
+    step = _operator(world, written)
+    gradient = zeros((mdp.n_states, world.n_blocks, d), world.exact)
+    for h in range(mdp.horizon - 1, -1, -1):
+        gradient = step @ gradient.reshape(mdp.n_states, -1)
+        gradient = np.asarray(gradient).reshape(mdp.n_states, world.n_blocks, d)
+        gradient[states, world.block(h)] += ((written * table.q[h])[:, :, None] * world.local_scores).sum(axis=1)
+    return (mdp.initial[:, None, None] * gradient).sum(axis=0).ravel()
+
+
+# --- moments of the ratio -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RatioMoments:
+    """Moments of rho_t and log rho_t under the behavior policy after t = 0..T tokens of the stream.
+
+    rho is stopped at the end of a string. Exact worlds give Fractions and no logarithms (None).
+
+    Attributes:
+        mean: E_b rho_t; 1 under absolute continuity.
+        second_moment: E_b rho_t^2; inf in float64 where it overflows (`log_second_moment` does not).
+        log_second_moment: log E_b rho_t^2.
+        chi2_marginal: E_b chi2(s_t) for the token that step t writes (entry t-1), the paper's chi2_t.
+        chi2_tilted: E chi2(s_t) under b tilted by rho_{t-1}^2; the product of 1 + it is exactly E rho_t^2.
+        mean_log: E_b log rho_t, nats.
+        var_log: Var_b log rho_t, nats^2.
+    """
+
+    mean: np.ndarray
+    second_moment: np.ndarray
+    log_second_moment: np.ndarray | None
+    chi2_marginal: np.ndarray
+    chi2_tilted: np.ndarray
+    mean_log: np.ndarray | None
+    var_log: np.ndarray | None
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Var_b rho_t."""
+        return self.second_moment - self.mean**2
+
+    @property
+    def ess_fraction(self) -> np.ndarray:
+        """Population effective sample size as a fraction, (E rho_t)^2 / E rho_t^2."""
+        return self.mean**2 / self.second_moment
+
+
+def ratio_moments(world: World) -> RatioMoments:
+    """Moments of rho_t and log rho_t for every t by a forward pass over states: O(H), no Monte Carlo noise.
+
+    Returns:
+        `RatioMoments` with arrays of length H + 1 (t = 0..H) and chi2 arrays of length H. Where the target never
+        writes a token that the behavior policy writes, log rho has no finite moments and `mean_log`, `var_log` are NaN.
+    """
+    mdp, exact = world.mdp, world.exact
+    horizon = mdp.horizon
+    everywhere = world.token_probabilities("behavior")
+    powers = [everywhere * world.ratio**p for p in range(3)]
+    plain, first, second = (_operator(world, coefficient, keep_end=True).T for coefficient in powers)
+    chi2 = (np.where(mdp.policy_states[:, None], powers[2], 0)).sum(axis=1) - mdp.policy_states.astype(int)
+    mass, mean, square = mdp.initial, mdp.initial, mdp.initial
+    means, squares = zeros(horizon + 1, exact), zeros(horizon + 1, exact)
+    marginal, tilted = zeros(horizon, exact), zeros(horizon, exact)
+    means[0] = squares[0] = mass.sum()
+    log_squares = np.zeros(horizon + 1)
+    mean_log, var_log = np.zeros(horizon + 1), np.zeros(horizon + 1)
+    if not exact:
+        sampled = (everywhere > 0) & mdp.policy_states[:, None]
+        with np.errstate(divide="ignore"):
+            log_ratio = np.where(sampled, np.log(np.where(sampled, world.ratio, 1.0)), 0.0)
+        finite = bool(np.all(np.isfinite(log_ratio)))
+        log_ratio = np.where(np.isfinite(log_ratio), log_ratio, 0.0)
+        log_first = _operator(world, everywhere * log_ratio).T
+        log_second = _operator(world, everywhere * log_ratio**2).T
+        centred1, centred2 = np.zeros(mdp.n_states), np.zeros(mdp.n_states)
+    scale = 0.0
+    for t in range(1, horizon + 1):
+        marginal[t - 1] = (mass * chi2).sum()
+        tilted[t - 1] = (square * chi2).sum() / square.sum()
+        if not exact:
+            # Moments of log rho - E log rho, kept centred so that a long drift costs no digits.
+            gain = log_first @ mass
+            moved1 = plain @ centred1 + gain
+            moved2 = plain @ centred2 + 2.0 * (log_first @ centred1) + log_second @ mass
+            increment = gain.sum()
+        mass, mean, square = plain @ mass, first @ mean, second @ square
+        means[t] = mean.sum()
+        if exact:
+            squares[t] = square.sum()
+            continue
+        centred1 = moved1 - increment * mass
+        centred2 = moved2 - 2.0 * increment * moved1 + increment**2 * mass
+        mean_log[t] = mean_log[t - 1] + increment
+        var_log[t] = centred2.sum()
+        total = square.sum()
+        scale += np.log(total)
+        square = square / total
+        log_squares[t] = scale
+    if exact:
+        return RatioMoments(means, squares, None, marginal, tilted, None, None)
+    if not finite:
+        mean_log[:], var_log[:] = np.nan, np.nan
+    with np.errstate(over="ignore"):
+        squares = np.exp(log_squares)
+    return RatioMoments(means, squares, log_squares, marginal, tilted, mean_log, var_log)
+
+
+# --- the summed gradient by dynamic programming ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """A weight level as an automaton over policy tokens; each move carries r to the given power (0 or 1).
+
+    `carry`: moves between phases before the term is emitted. `emit`: moves that emit it. `after`: the one move of
+    each later phase. All phases before emission listed in `starts` may begin a stream.
+    """
+
+    n_before: int
+    carry: tuple[tuple[int, int, int], ...]
+    emit: tuple[tuple[int, int, int], ...]
+    after: tuple[tuple[int, int], ...]
+
+
+def _phases(level: str, window: int | None) -> _Phases:
+    if level in ("window", "lookahead"):
+        least = 1 if level == "window" else 0
+        if not isinstance(window, int) or window < least:
+            raise ValueError(f"window: level {level!r} needs a whole number >= {least}, got {window!r}")
+    elif window is not None:
+        raise ValueError(f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}")
+    if level == "none":
+        return _Phases(1, ((0, 0, 0),), ((0, 0, 0),), ((0, 0),))
+    if level == "token":
+        return _Phases(1, ((0, 0, 0),), ((0, 0, 1),), ((0, 0),))
+    if level == "cumulative":
+        return _Phases(1, ((0, 0, 1),), ((0, 0, 1),), ((0, 0),))
+    if level == "sequence":
+        return _Phases(1, ((0, 0, 1),), ((0, 0, 1),), ((0, 1),))
+    if level == "lookahead" and window is not None:
+        # After emission `window` more tokens carry r, counted down to the phase 0 that carries nothing.
+        return _Phases(1, ((0, 0, 1),), ((0, window, 1),), ((0, 0), *((c - 1, 1) for c in range(1, window + 1))))
+    if level == "window" and window is not None:
+        # Phase 0 waits; phase c has c tokens of the window left. A stream may begin inside a window cut short.
+        if window == 1:
+            return _phases("token", None)
+        carry = ((0, 0, 0), (0, window - 1, 1), *((c, c - 1, 1) for c in range(2, window)))
+        return _Phases(window, carry, ((1, 0, 1),), ((0, 0),))
+    raise ValueError(
+        "level: dynamic programming knows 'none', 'token', 'cumulative', 'window', 'lookahead' and 'sequence' "
+        f"(others by enumeration or Monte Carlo), got {level!r}"
+    )
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Mean (D,), total variance (trace of the covariance) and, if asked for, covariance (D, D) of a summed gradient."""
+
+    mean: np.ndarray
+    total_variance: Any
+    covariance: np.ndarray | None = None
+
+
+def gradient_moments(
+    world: World,
+    level: str,
+    advantage: AdvantageKind | np.ndarray = "A_target",
+    *,
+    window: int | None = None,
+    outcome: bool = False,
+    covariance: bool = False,
+) -> GradientMoments:
+    r"""Exact mean and covariance of the summed gradient estimator Y under the behavior policy, linear in the horizon.
+
+    .. math:: Y = R(s_{end})^{[outcome]} \sum_{t \in policy} W_t A_t(s_t, a_t) \nabla \log \pi(a_t|s_t)
+
+    Args:
+        world: Any world; Fractions give exact Fractions.
+        level: "none" (weight 1), "token", "cumulative", "window", "lookahead" or "sequence".
+        advantage: Name of a table or an (H, S, A) or (S, A) array.
+        window: Tokens, for "window" and "lookahead".
+        outcome: Multiply by the outcome reward of the state in which the stream stops.
+        covariance: Also give the (D, D) covariance; its cost grows with D^2.
+
+    Raises:
+        ValueError: Unknown level, a window missing or out of place, or a second moment too large for float64.
+    """
+    phases = _phases(level, window)
+    mdp, exact = world.mdp, world.exact
+    horizon, n_states, n_blocks = mdp.horizon, mdp.n_states, world.n_blocks
+    table = advantage_table(world, advantage) if isinstance(advantage, str) else np.asarray(advantage)
+    if table.ndim == 2:
+        table = np.broadcast_to(table, (horizon, *table.shape))
+    if table.shape != (horizon, n_states, mdp.n_actions):
+        raise ValueError(
+            f"advantage: shape must be {(horizon, n_states, mdp.n_actions)} (horizon, states, actions), got {table.shape}"
+        )
+    local = world.local_scores
+    d = local.shape[2]
+    norms = (local**2).sum(axis=2)
+    coefficient = _power_coefficients(world)
+    move = [_operator(world, c) for c in coefficient]
+    rest = None
+    if not np.all(mdp.policy_states):
+        tool = np.where((mdp.kind == TOOL)[:, None], mdp.tool, mdp.tool * 0)
+        rest = _operator(world, tool, keep_end=True)
+    expect = _next_state_expectation(world)
+    expect_block = _next_block_expectation(world, d)
+    edge_state, edge_action, edge_next, edge_probability = mdp.edges
+
+    def stay(vector: np.ndarray, transpose: bool = False) -> np.ndarray | int:
+        """What non-policy states pass on: no phase moves there."""
+        if rest is None:
+            return 0
+        return _apply(rest.T if transpose else rest, vector)
+
+    alone, pairs = _forward_pass(world, phases, move, rest)
+    n_after = len(phases.after)
+    zero = zeros(n_states, exact)
+    end_value = mdp.outcome if outcome else zero + 1
+    tail = [end_value for _ in range(n_after)]
+    tail_pairs = {(j, k): end_value * end_value for j in range(n_after) for k in range(n_after)}
+    pending = {
+        (j, i): zeros((n_states, n_blocks, d), exact) for j in range(n_after) for i in range(phases.n_before)
+    }
+    mean = zeros((n_blocks, d), exact)
+    trace: Any = Fraction(0) if exact else 0.0
+    full = zeros((n_blocks, d, n_blocks * d), exact) if covariance else None
+    states = np.arange(n_states)
+    for h in range(horizon - 1, -1, -1):
+        advantage_h, block = table[h], world.block(h)
+        tail_next = [expect(value) for value in tail]
+        pairs_next = {key: expect(value) for key, value in tail_pairs.items()}
+        for i, j, p in phases.emit:
+            weight = alone[h][i][:, None] * coefficient[p] * advantage_h * tail_next[j]
+            np.add.at(mean, block, (weight[:, :, None] * local).sum(axis=1))
+        for i, j, p in phases.emit:
+            # Copy one emits here. Copy two emits here too, or moves on and emits later (twice, by symmetry).
+            for i2, j2, p2 in phases.emit:
+                weight = (
+                    pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h**2 * pairs_next[j, j2]
+                )
+                trace = trace + (weight * norms).sum()
+                if full is not None:
+                    outer = (weight[:, :, None, None] * local[:, :, :, None] * local[:, :, None, :]).sum(axis=1)
+                    view = full.reshape(n_blocks, d, n_blocks, d)
+                    for s in states:
+                        view[block[s], :, block[s], :] += outer[s]
+            for i2, k2, p2 in phases.carry:
+                weight = pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h
+                later = pending[j, k2]
+                trace = trace + 2 * (weight * (local * expect_block(later, block)).sum(axis=2)).sum()
+                if full is not None:
+                    edge_weight = weight[edge_state, edge_action] * edge_probability
+                    flat = later.reshape(n_states, -1)[edge_next]
+                    left = edge_weight[:, None] * local[edge_state, edge_action]
+                    cross = zeros(full.shape, exact)
+                    np.add.at(cross, block[edge_state], left[:, :, None] * flat[:, None, :])
+                    full += cross + cross.reshape(n_blocks * d, -1).T.reshape(full.shape)
+        previous = {}
+        for (j, i), value in pending.items():
+            j_next, q = phases.after[j]
+            total = stay(value) + zeros(value.shape, exact)
+            for i2, k2, p2 in phases.carry:
+                if i2 == i:
+                    total = total + _apply(move[q + p2], pending[j_next, k2])
+            for i2, j2, p2 in phases.emit:
+                if i2 == i:
+                    weight = coefficient[q + p2] * advantage_h * pairs_next[j_next, j2]
+                    total[states, block] += (weight[:, :, None] * local).sum(axis=1)
+            previous[j, i] = total
+        pending = previous
+        tail = [_apply(move[q], tail[n]) + stay(tail[j]) for j, (n, q) in enumerate(phases.after)]
+        tail_pairs = {
+            (j, k): _apply(move[phases.after[j][1] + phases.after[k][1]], tail_pairs[phases.after[j][0], phases.after[k][0]])
+            + stay(value)
+            for (j, k), value in tail_pairs.items()
+        }
+    mean = mean.ravel()
+    total_variance = trace - (mean**2).sum()
+    if not exact and not np.isfinite(total_variance):
+        raise ValueError(
+            f"level: the second moment at level {level!r} over {horizon} tokens exceeds float64; shorten the horizon, "
+            "or use ratio_moments, which works in logarithms"
+        )
+    if full is None:
+        return GradientMoments(mean, total_variance)
+    square = full.reshape(n_blocks * d, n_blocks * d)
+    return GradientMoments(mean, total_variance, square - mean[:, None] * mean[None, :])
+
+
+def _apply(matrix: Any, vector: np.ndarray) -> np.ndarray:
+    """A transition operator on an array whose first axis is the state."""
+    return np.asarray(matrix @ vector.reshape(vector.shape[0], -1)).reshape(vector.shape)
+
+
+def _next_block_expectation(world: World, d: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function of (S, K, d) and the block of each state: (S, A, d), the next state's entries in one's own block."""
+    state, action, nxt, probability = world.mdp.edges
+    n_states, n_actions = world.mdp.n_states, world.mdp.n_actions
+    if len(state) == n_states * n_actions and np.all(probability == 1):
+        target = np.empty((n_states, n_actions), dtype=np.int64)
+        target[state, action] = nxt
+        return lambda value, block: value[target, block[:, None]]
+    if not world.exact and len(state) * 4 >= n_states * n_states * n_actions:
+        dense = np.zeros((n_states, n_actions, n_states))
+        dense[state, action, nxt] = probability
+        return lambda value, block: np.matmul(dense, value[:, block].transpose(1, 0, 2))
+
+    def expect(value: np.ndarray, block: np.ndarray) -> np.ndarray:
+        result = zeros((n_states, n_actions, d), world.exact)
+        np.add.at(result, (state, action), probability[:, None] * value[nxt, block[state]])
+        return result
+
+    return expect
+
+
+def _forward_pass(
+    world: World, phases: _Phases, move: list[Any], rest: Any
+) -> tuple[list[list[np.ndarray]], list[dict[tuple[int, int], np.ndarray]]]:
+    """Behavior-expected weight of being in each phase (and pair of phases) before emission, by step and state."""
+    n, horizon = phases.n_before, world.mdp.horizon
+    stored = horizon * n * (n + 1) * world.mdp.n_states * 8
+    if stored > MAX_STORED_BYTES:
+        raise ValueError(
+            f"window: {n} phases over {horizon} tokens and {world.mdp.n_states} states need {stored / 2**30:.1f} GiB, "
+            f"at most {MAX_STORED_BYTES / 2**30:.0f} are allowed; take a shorter window or horizon"
+        )
+    backward = [m.T for m in move]
+    back_rest = None if rest is None else rest.T
+    initial = world.mdp.initial
+    alone = [[initial for _ in range(n)]]
+    pairs = [{(i, j): initial for i in range(n) for j in range(n)}]
+    for _ in range(horizon - 1):
+        single, pair = alone[-1], pairs[-1]
+        nothing = initial * 0
+        new_single = [nothing if back_rest is None else back_rest @ value for value in single]
+        for i, k, p in phases.carry:
+            new_single[k] = new_single[k] + backward[p] @ single[i]
+        new_pair = {key: nothing if back_rest is None else back_rest @ value for key, value in pair.items()}
+        for i, k, p in phases.carry:
+            for i2, k2, p2 in phases.carry:
+                new_pair[k, k2] = new_pair[k, k2] + backward[p + p2] @ pair[i, i2]
+        alone.append(new_single)
+        pairs.append(new_pair)
+    return alone, pairs
+
+
+# --- enumeration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Every trajectory that either policy can produce, with its probabilities.
+
+    Attributes:
+        world: Where they come from.
+        states, actions: (N, H) state before each token and the token; after the end, the END state and token 0.
+        final_state: (N,) state in which the stream stops.
+        live: (N, H) bool, whether a token is written at all.
+        mask: (N, H) bool, whether the policy writes it.
+        environment: (N,) probability of the environment's choices.
+    """
+
+    world: World
+    states: np.ndarray
+    actions: np.ndarray
+    final_state: np.ndarray
+    live: np.ndarray
+    mask: np.ndarray
+    environment: np.ndarray
+
+    def _token(self, table: np.ndarray) -> np.ndarray:
+        return np.where(self.mask, table[self.states, self.actions], 1)
+
+    @cached_property
+    def behavior(self) -> np.ndarray:
+        """(N, H) b(a_t|s_t), 1 where the policy writes nothing."""
+        return self._token(self.world.behavior)
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """(N, H) pi(a_t|s_t), 1 where the policy writes nothing."""
+        return self._token(self.world.target)
+
+    @cached_property
+    def ratio(self) -> np.ndarray:
+        """(N, H) token ratio r_t; 0 where the behavior policy has no mass."""
+        return self._token(self.world.ratio)
+
+    @cached_property
+    def behavior_probability(self) -> np.ndarray:
+        """(N,) P_b of the trajectory."""
+        return self.environment * self.behavior.prod(axis=1)
+
+    @cached_property
+    def target_probability(self) -> np.ndarray:
+        """(N,) P_pi of the trajectory."""
+        return self.environment * self.target.prod(axis=1)
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """(N,) return of the trajectory."""
+        mdp = self.world.mdp
+        dense = np.where(self.live, mdp.reward[self.states, self.actions], 0).sum(axis=1)
+        return dense + mdp.outcome[self.final_state]
+
+    def log_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float log pi and log b per token, (N, H), as a trainer would record them; 0 where masked."""
+        target, behavior = self.target.astype(float), self.behavior.astype(float)
+        with np.errstate(divide="ignore"):
+            return np.log(target), np.log(behavior)
+
+    def expectation(self, values_: np.ndarray, who: Who = "behavior") -> Any:
+        """E of (N, ...) values under the behavior or the target policy."""
+        probability = self.behavior_probability if who == "behavior" else self.target_probability
+        return (probability.reshape(-1, *[1] * (values_.ndim - 1)) * values_).sum(axis=0)
+
+    def advantage(self, kind: AdvantageKind | np.ndarray) -> np.ndarray:
+        """(N, H) advantage of each token, 0 where masked."""
+        table = advantage_table(self.world, kind) if isinstance(kind, str) else kind
+        steps = np.arange(self.states.shape[1])
+        return np.where(self.mask, table[steps, self.states, self.actions], 0)
+
+    def summed_scores(self, coefficients: np.ndarray) -> np.ndarray:
+        """(N, D): sum over policy tokens of coefficient times score, for (N, H) coefficients."""
+        world = self.world
+        local = world.local_scores
+        total = zeros((len(self.states), world.n_blocks, local.shape[2]), coefficients.dtype == object)
+        rows = np.arange(len(self.states))
+        for h in range(self.states.shape[1]):
+            block = world.block(h)[self.states[:, h]]
+            scores = local[self.states[:, h], self.actions[:, h]]
+            total[rows, block] += np.where(self.mask[:, h], coefficients[:, h], 0)[:, None] * scores
+        return total.reshape(len(self.states), -1)
+
+    def moments(self, summed: np.ndarray, covariance: bool = False) -> GradientMoments:
+        """Behavior-policy moments of an (N, D) statistic."""
+        mean = self.expectation(summed)
+        centred = summed - mean
+        total = self.expectation((centred**2).sum(axis=1))
+        if not covariance:
+            return GradientMoments(mean, total)
+        weighted = self.behavior_probability[:, None] * centred
+        return GradientMoments(mean, total, weighted.T @ centred)
+
+
+def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Trajectories:
+    """Every trajectory of a world that the behavior or the target policy can produce.
+
+    Raises:
+        ValueError: There are more than `limit`; they are counted first, nothing is built.
+    """
+    mdp = world.mdp
+    state, action, nxt, probability = mdp.edges
+    either = world.token_probabilities("behavior") + world.token_probabilities("target")
+    possible = (either[state, action] > 0) & (probability > 0)
+    order = np.flatnonzero(possible)
+    order = order[np.argsort(state[order], kind="stable")]
+    fan = np.bincount(state[order], minlength=mdp.n_states)
+    first = np.concatenate([[0], np.cumsum(fan)[:-1]])
+    starts = np.flatnonzero(mdp.initial > 0)
+    count, finished = np.bincount(starts, minlength=mdp.n_states).astype(float), 0.0
+    for _ in range(mdp.horizon):
+        finished += count[fan == 0].sum()
+        moved = np.zeros(mdp.n_states)
+        np.add.at(moved, nxt[order], count[state[order]])
+        count = moved
+        if finished + count.sum() > limit:
+            raise ValueError(
+                f"horizon: {mdp.horizon} tokens in world {world.name!r} make more than {limit} trajectories, too many "
+                "to enumerate; use gradient_moments or ratio_moments (dynamic programming), or Monte Carlo"
+            )
+    states = starts[:, None]
+    actions = np.zeros((len(starts), 0), dtype=np.int64)
+    environment = mdp.initial[starts]
+    for _ in range(mdp.horizon):
+        here = states[:, -1]
+        children = np.maximum(fan[here], 1)  # a finished string keeps its one row
+        parent = np.repeat(np.arange(len(here)), children)
+        rank = np.arange(len(parent)) - np.repeat(np.cumsum(children) - children, children)
+        goes_on = fan[here[parent]] > 0
+        edge = order[np.where(goes_on, first[here[parent]] + rank, 0)] if len(order) else np.zeros_like(parent)
+        token = np.where(goes_on, action[edge], 0)
+        by_tool = goes_on & (mdp.kind[here[parent]] == TOOL)
+        environment = environment[parent] * np.where(goes_on, probability[edge], 1)
+        environment = environment * np.where(by_tool, mdp.tool[here[parent], token], 1)
+        states = np.column_stack([states[parent], np.where(goes_on, nxt[edge], here[parent])])
+        actions = np.column_stack([actions[parent], token])
+    before = states[:, :-1]
+    return Trajectories(
+        world=world,
+        states=before,
+        actions=actions,
+        final_state=states[:, -1],
+        live=mdp.kind[before] != END,
+        mask=mdp.kind[before] == POLICY,
+        environment=environment,
+    )
+
+
+def rational_weights(trajectories: Trajectories, level: str, window: int | None = None) -> np.ndarray:
+    """(N, H) weights of a level from the token ratios by multiplication alone, exact for Fractions.
+
+    An implementation of its own, independent of `ctpo.log_ratio`. Levels with a root ("sequence_mean",
+    "cumulative_mean") need ratios whose root is rational and raise ValueError otherwise.
+    """
+    ratio, mask = trajectories.ratio, trajectories.mask
+    one = Fraction(1) if ratio.dtype == object else 1.0
+    result = np.where(mask, ratio * 0, 0 * one)
+    for n in range(len(ratio)):
+        places = np.flatnonzero(mask[n])
+        r = [ratio[n, place] for place in places]
+        prefix = [one]
+        for value in r:
+            prefix.append(prefix[-1] * value)
+        for t, place in enumerate(places, start=1):
+            if level == "none":
+                weight = one
+            elif level == "token":
+                weight = r[t - 1]
+            elif level == "cumulative":
+                weight = prefix[t]
+            elif level == "sequence":
+                weight = prefix[-1]
+            elif level == "cumulative_mean":
+                weight = exact_root(prefix[t], t)
+            elif level == "sequence_mean":
+                weight = exact_root(prefix[-1], len(r))
+            elif level == "min_prefix":
+                weight = r[t - 1] * min(r[: t - 1], default=one)
+            elif level == "window" and window is not None:
+                weight = one
+                for value in r[max(t - window, 0) : t]:
+                    weight = weight * value
+            elif level == "lookahead" and window is not None:
+                weight = prefix[min(t + window, len(r))]
+            else:
+                raise ValueError(f"level: unknown level {level!r} or window {window!r}")
+            result[n, place] = weight
+    return result
+
+
+def exact_root(value: Any, degree: int) -> Any:
+    """The degree-th root of a non-negative number; Fractions give a Fraction or a ValueError.
+
+    >>> exact_root(Fraction(16, 81), 4)
+    Fraction(2, 3)
+    """
+    if not isinstance(value, Fraction):
+        return value ** (1.0 / degree)
+    return Fraction(_integer_root(value.numerator, degree), _integer_root(value.denominator, degree))
+
+
+def _integer_root(value: int, degree: int) -> int:
+    root = isqrt(value) if degree == 2 else round(value ** (1.0 / degree))
+    for candidate in (root - 1, root, root + 1):
+        if candidate >= 0 and candidate**degree == value:
+            return candidate
+    raise ValueError(f"value: {value} has no rational root of degree {degree}")
+
+
+@dataclass(frozen=True)
+class EstimatorMoments:
+    """What a `ctpo.Estimator` does on a world, by enumeration.
+
+    Attributes:
+        mean: (D,) expectation of its summed gradient.
+        bias: (D,) mean minus the true policy gradient.
+        total_variance: Trace of its covariance for one trajectory.
+        clip_rate: Share of policy tokens, under the behavior policy, that its window clips.
+    """
+
+    mean: np.ndarray
+    bias: np.ndarray
+    total_variance: float
+    clip_rate: float
+
+
+def estimator_moments(
+    world: World,
+    estimator: ctpo.Estimator | str,
+    advantage: AdvantageKind | np.ndarray = "A_target",
+    *,
+    outcome: bool = False,
+    trajectories: Trajectories | None = None,
+) -> EstimatorMoments:
+    """Bias, variance and clip rate of an estimator of `ctpo`, by its own coefficients on every trajectory.
+
+    The weights are computed by the very code that a trainer runs, from log-probabilities.
+    """
+    world = world.as_float() if world.exact else world
+    paths = trajectories if trajectories is not None else enumerate_trajectories(world)
+    logp, behavior_logp = paths.log_probabilities()
+    advantages = paths.advantage(advantage)
+    if outcome:
+        advantages = advantages * world.mdp.outcome[paths.final_state][:, None]
+    sampled = paths.behavior_probability > 0
+    mask = paths.mask & sampled[:, None]
+    result = ctpo.get_estimator(estimator).coefficients(logp, behavior_logp, advantages, mask)
+    moments = paths.moments(paths.summed_scores(result.weight * advantages))
+    tokens = paths.expectation(mask.sum(axis=1).astype(float))
+    clipped = (result.clipped_low | result.clipped_high | result.clipped_dual).sum(axis=1)
+    return EstimatorMoments(
+        mean=moments.mean,
+        bias=moments.mean - policy_gradient(world),
+        total_variance=float(moments.total_variance),
+        clip_rate=float(paths.expectation(clipped.astype(float)) / tokens),
+    )
