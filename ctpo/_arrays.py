@@ -1,0 +1,195 @@
+"""What the numerical modules share: namespaces, dtypes, input checks and scans over the last axis.
+
+Everything here is written against the Python array API standard, so NumPy, torch, JAX and array-api-strict
+take the same path. No function mutates its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import array_api_compat
+
+# The standard defines arrays, namespaces and dtypes by behavior, not by a common base class.
+Array = Any
+Namespace = Any
+DType = Any
+
+
+def namespace(**arrays: Array | None) -> Namespace:
+    """Array API namespace common to the named arrays; None entries are skipped."""
+    given = {name: x for name, x in arrays.items() if x is not None}
+    for name, x in given.items():
+        if not array_api_compat.is_array_api_obj(x):
+            raise ValueError(
+                f"{name} must be an array of NumPy, torch, JAX or another array API library; "
+                f"got {type(x).__name__}"
+            )
+    try:
+        return array_api_compat.array_namespace(*given.values())
+    except TypeError:
+        kinds = ", ".join(f"{name}: {type(x).__module__}.{type(x).__name__}" for name, x in given.items())
+        raise ValueError(
+            f"{', '.join(given)} must be arrays of one and the same library; got {kinds}"
+        ) from None
+
+
+def working_dtype(xp: Namespace, *arrays: Array | None) -> DType:
+    """Widest floating dtype of the arrays, float32 at least; integer and boolean arrays do not count."""
+    floating = [x.dtype for x in arrays if x is not None and xp.isdtype(x.dtype, "real floating")]
+    return xp.result_type(*floating, xp.float32)
+
+
+def default_float(xp: Namespace, x: Array) -> DType:
+    """The namespace's default floating dtype on the device of `x`."""
+    info = xp.__array_namespace_info__()
+    return info.default_dtypes(device=array_api_compat.device(x))["real floating"]
+
+
+def check_floating(xp: Namespace, **arrays: Array | None) -> None:
+    """Raise unless every named array has a real floating dtype."""
+    for name, x in arrays.items():
+        if x is not None and not xp.isdtype(x.dtype, "real floating"):
+            raise ValueError(f"{name} must have a real floating-point dtype; got {x.dtype}")
+
+
+def check_numeric(xp: Namespace, **arrays: Array | None) -> None:
+    """Raise unless every named array is boolean, integer or real floating."""
+    for name, x in arrays.items():
+        if x is not None and not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
+            raise ValueError(f"{name} must have a real dtype (floating, integer or bool); got {x.dtype}")
+
+
+def check_shape(shape: tuple[int, ...], like: str, **arrays: Array | None) -> None:
+    """Raise unless every named array has `shape`, the shape of the argument called `like`."""
+    for name, x in arrays.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have the shape of {like}, {shape}; got {tuple(x.shape)}")
+
+
+def check_sequence_or_token(name: str, x: Array, shape: tuple[int, ...]) -> bool:
+    """Whether `x` has a value per token, shape (..., T), or else per sequence, (...,); raise if neither."""
+    got = tuple(x.shape)
+    if got not in (shape, shape[:-1]):
+        raise ValueError(
+            f"{name} must have the shape of logp, {shape}, or one value per sequence, {shape[:-1]}; got {got}"
+        )
+    return got == shape
+
+
+def check_mask(xp: Namespace, mask: Array | None, shape: tuple[int, ...], like: str) -> None:
+    """Raise unless `mask` is None or a boolean array of `shape`."""
+    if mask is not None:
+        if not xp.isdtype(mask.dtype, "bool"):
+            raise ValueError(f"mask must have dtype bool, True at policy tokens; got {mask.dtype}")
+        check_shape(shape, like, mask=mask)
+
+
+def check_values(xp: Namespace, name: str, x: Array, ok: Array, allowed: str) -> None:
+    """Raise unless `ok` is True everywhere, naming the first offending entry of `x`."""
+    if not bool(xp.all(ok)):
+        index = tuple(int(i[0]) for i in xp.nonzero(~ok)) if x.ndim else ()
+        raise ValueError(f"{name} must be {allowed}; got {float(x[index])} at index {index}")
+
+
+def has_readable_values(x: Array) -> bool:
+    """Whether looking at the values is free: a concrete array in CPU memory."""
+    if array_api_compat.is_lazy_array(x):
+        return False
+    device = array_api_compat.device(x)
+    return "cpu" in str(getattr(device, "type", device)).lower()
+
+
+def real_number(owner: str, name: str, value: object, allowed: str) -> float:
+    """`value` as a Python float; ValueError unless it is a real number, which a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise unless `value` is one of the allowed names, suggesting the nearest."""
+    allowed = tuple(allowed)
+    if not (isinstance(value, str) and value in allowed):
+        from difflib import get_close_matches  # only on the way to an error: keeps `import ctpo` light
+
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{hint}")
+
+
+def only_where(xp: Namespace, mask: Array | None, x: Array, fill: float = 0.0) -> Array:
+    """`x` where `mask` is True, `fill` elsewhere. Selected, never multiplied: NaN * 0 is NaN."""
+    return x if mask is None else xp.where(mask, x, fill)
+
+
+def delay(xp: Namespace, x: Array, steps: int, fill: float) -> Array:
+    """`x` moved `steps` places towards the end of the last axis, `fill` in the places left free."""
+    length = x.shape[-1]
+    steps = min(steps, length)
+    return xp.concat([xp.full_like(x[..., :steps], fill), x[..., : length - steps]], axis=-1)
+
+
+def advance(xp: Namespace, x: Array, steps: int, fill: float) -> Array:
+    """`x` moved `steps` places towards the start of the last axis, `fill` in the places left free."""
+    length = x.shape[-1]
+    steps = min(steps, length)
+    return xp.concat([x[..., steps:], xp.full_like(x[..., length - steps :], fill)], axis=-1)
+
+
+def running_minimum(xp: Namespace, x: Array) -> Array:
+    """Minimum of x[..., 0..t] for every t, by log2(T) doubling passes."""
+    step = 1
+    while step < x.shape[-1]:
+        x = xp.minimum(x, delay(xp, x, step, float("inf")))
+        step *= 2
+    return x
+
+
+def windowed_sum(xp: Namespace, x: Array, window: int) -> Array:
+    """Sum of the last `window` entries up to t, fewer at the start, by log2(window) doubling passes.
+
+    Sums of blocks of 1, 2, 4, ... entries are put together along the binary digits of `window`. Unlike a
+    difference of prefix sums it cancels nothing: -inf entries leave the window again, and no digits are lost.
+    """
+    total, block, offset, size = None, x, 0, 1
+    window = min(window, x.shape[-1])
+    while size <= window:
+        if window & size:
+            part = delay(xp, block, offset, 0.0)
+            total = part if total is None else total + part
+            offset += size
+        size *= 2
+        if size <= window:
+            block = block + delay(xp, block, size // 2, 0.0)
+    return x if total is None else total
+
+
+def run_sum(xp: Namespace, x: Array, starts: Array) -> Array:
+    """Sum over the run that t belongs to, at every t; `starts` is True where a run begins.
+
+    A segmented doubling scan gives the sum from the start of the run; its value at the run's end is the
+    total.
+    """
+    length = x.shape[-1]
+    barrier, step = starts, 1
+    while step < length:
+        x = xp.where(barrier, x, x + delay(xp, x, step, 0.0))
+        barrier = barrier | delay(xp, barrier, step, True)
+        step *= 2
+    index = xp.arange(length, device=array_api_compat.device(x))
+    last = xp.where(advance(xp, starts, 1, True), xp.astype(index, x.dtype), float(length))
+    ends = xp.flip(running_minimum(xp, xp.flip(last, axis=-1)), axis=-1)
+    return xp.take_along_axis(x, xp.astype(ends, index.dtype), axis=-1)
+
+
+def backward_recurrence(xp: Namespace, factor: Array, term: Array) -> Array:
+    """y_t = term_t + factor_t y_{t+1}, y after the end being 0, by log2(T) doubling passes."""
+    step = 1
+    while step < term.shape[-1]:
+        term = term + factor * advance(xp, term, step, 0.0)
+        factor = factor * advance(xp, factor, step, 0.0)
+        step *= 2
+    return term

@@ -1,0 +1,175 @@
+r"""Clip windows: the interval that an importance ratio must lie in for a token to keep its gradient.
+
+Both classes answer ``bounds(position)`` with logarithms of the window at every position t (the number of
+policy tokens so far, counted from 1):
+
+============  ========================  =========================  =========================
+class         lower log bound           upper log bound            dual log bound
+============  ========================  =========================  =========================
+RatioClip     log(1 - low)              log(1 + high)              log(dual)
+PositionClip  -drift t - low t**power   -drift t + high t**power   -drift t + dual t**power
+============  ========================  =========================  =========================
+
+The dual bound caps the ratio of tokens with a negative advantage; None means no cap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import array_api_compat
+import numpy as np
+
+from ctpo._arrays import Array, check_numeric, default_float, namespace, real_number
+
+__all__ = ["PositionClip", "RatioClip"]
+
+Bounds = tuple[Array, Array, Array | None]
+
+
+@dataclass(frozen=True)
+class RatioClip:
+    """The same window [1 - low, 1 + high] for the ratio at every position.
+
+    Args:
+        low: Room below 1, in (0, 1]; 1 means no lower bound.
+        high: Room above 1, positive; inf means no upper bound.
+        dual: Largest ratio of a token with a negative advantage, above 1; None for no cap.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    References:
+        arXiv:1707.06347 (low = high), arXiv:2503.14476 (high above low), arXiv:1912.09729 (dual).
+
+    Example:
+        >>> low, high, dual = RatioClip(0.5, 4.0).bounds([1, 2])
+        >>> np.exp(low), np.exp(high), dual
+        (array([0.5, 0.5]), array([5., 5.]), None)
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        low = real_number("RatioClip", "low", self.low, "a number in (0, 1]")
+        if not 0 < low <= 1:
+            raise ValueError(f"RatioClip: low must be a number in (0, 1]; got {self.low!r}")
+        high = real_number("RatioClip", "high", self.high, "a positive number")
+        if not high > 0:
+            raise ValueError(f"RatioClip: high must be a positive number; got {self.high!r}")
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
+        if self.dual is not None:
+            dual = real_number("RatioClip", "dual", self.dual, "a finite number above 1, or None")
+            if not 1 < dual < math.inf:
+                raise ValueError(
+                    f"RatioClip: dual must be a finite number above 1, or None; got {self.dual!r}"
+                )
+            object.__setattr__(self, "dual", dual)
+
+    def bounds(self, position: Array) -> Bounds:
+        """Logarithms of the window at the given positions.
+
+        Args:
+            position: Positions t, any shape; an array, or a Python number or list, which NumPy then holds.
+
+        Returns:
+            (log_low, log_high, log_dual), arrays of the shape of `position`; log_dual is None without a dual
+            bound. Floating positions give their dtype, integer ones the namespace's default floating dtype.
+
+        Raises:
+            ValueError: `position` is not numeric.
+        """
+        position, xp = _float_positions(position)
+        log_low = -math.inf if self.low == 1 else math.log1p(-self.low)
+        low, high = xp.full_like(position, log_low), xp.full_like(position, math.log1p(self.high))
+        return low, high, None if self.dual is None else xp.full_like(position, math.log(self.dual))
+
+
+@dataclass(frozen=True)
+class PositionClip:
+    """A window for the log-ratio that widens (or narrows) as a power of the position.
+
+    Args:
+        low: Scale of the lower log bound, positive.
+        high: Scale of the upper log bound, positive.
+        power: Exponent of the position: 0.5 follows the spread of a cumulative log-ratio with independent
+            tokens,
+            -0.5 that of its mean, 0 gives a fixed window.
+        dual: Scale of the upper log bound for negative advantages, positive; None for no bound. The released
+            code of arXiv:2605.07331 has one, equal to `high`; the formula printed in the paper has none.
+        drift: Fall of the center of the window per token, nats. 0 in the paper. E_b[log rho_t] falls by the
+            divergence KL(b||pi) per token, so a window centered at 0 is left downwards in the end.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    References:
+        arXiv:2605.07331, section 3.3.
+
+    Example:
+        >>> low, high, dual = PositionClip(dual=None).bounds([1, 4, 100])
+        >>> low, high, dual
+        (array([-0.025, -0.05 , -0.25 ]), array([0.05, 0.1 , 0.5 ]), None)
+    """
+
+    low: float = 0.025
+    high: float = 0.05
+    power: float = 0.5
+    dual: float | None = 0.05
+    drift: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "dual"):
+            value = getattr(self, name)
+            if name == "dual" and value is None:
+                continue
+            allowed = "a positive finite number" + (", or None" if name == "dual" else "")
+            number = real_number("PositionClip", name, value, allowed)
+            if not 0 < number < math.inf:
+                raise ValueError(f"PositionClip: {name} must be {allowed}; got {value!r}")
+            object.__setattr__(self, name, number)
+        for name in ("power", "drift"):
+            value = getattr(self, name)
+            number = real_number("PositionClip", name, value, "a finite number")
+            if not math.isfinite(number):
+                raise ValueError(f"PositionClip: {name} must be a finite number; got {value!r}")
+            object.__setattr__(self, name, number)
+
+    def bounds(self, position: Array) -> Bounds:
+        """Logarithms of the window at the given positions.
+
+        Args:
+            position: Positions t, any shape; an array, or a Python number or list, which NumPy then holds. 0
+                (a masked place) counts as 1, so that no bound is ever inf or NaN.
+
+        Returns:
+            (log_low, log_high, log_dual), arrays of the shape of `position`; log_dual is None without a dual
+            bound. Floating positions give their dtype, integer ones the namespace's default floating dtype.
+
+        Raises:
+            ValueError: `position` is not numeric.
+        """
+        position, xp = _float_positions(position)
+        position = xp.where(position < 1, 1.0, position)
+        width = position**self.power
+        low, high = -self.low * width, self.high * width
+        dual = None if self.dual is None else self.dual * width
+        if self.drift:
+            center = -self.drift * position
+            low, high, dual = center + low, center + high, None if dual is None else center + dual
+        return low, high, dual
+
+
+def _float_positions(position: Array) -> tuple[Array, Array]:
+    """Positions in a floating dtype, and their namespace."""
+    if not array_api_compat.is_array_api_obj(position):
+        position = np.asarray(position)
+    xp = namespace(position=position)
+    check_numeric(xp, position=position)
+    if not xp.isdtype(position.dtype, "real floating"):
+        position = xp.astype(position, default_float(xp, position))
+    return position, xp

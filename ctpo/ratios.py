@@ -1,0 +1,317 @@
+r"""Log importance ratios of a target policy over a behavior policy, at every level in use.
+
+With :math:`d_t = \log\pi(a_t|s_t) - \log b(a_t|s_t)` at the t-th policy token of a sequence that has H of
+them:
+
+================== ================================================ ==========================================
+level              log-ratio at token t                             depends on tokens
+================== ================================================ ==========================================
+"token"            d_t                                              t
+"cumulative"       log rho_t = d_1 + ... + d_t                      1..t
+"cumulative_mean"  log rho_t / t                                    1..t
+"sequence"         log rho_H                                        1..H
+"sequence_mean"    log rho_H / H                                    1..H
+"window"           d_{t-window+1} + ... + d_t                       the last `window` ones, t included
+"lookahead"        log rho_min(t+window, H)                         1..min(t+window, H)
+"min_prefix"       d_t + min_{k<t} d_k, the minimum over none is 0  1..t
+"turn"             sum of d_k over the turn that t belongs to       the turn
+"turn_mean"        mean of d_k over the turn that t belongs to      the turn
+================== ================================================ ==========================================
+
+Masked entries (prompt, padding, tool output) are not tokens of the policy: they enter no sum, do not advance
+t and fill no place in a window. Arrays may belong to any array API library; all arithmetic is float32 or
+wider.
+
+Checks: shapes and dtypes are always checked. Values are checked where looking at them is free, on concrete
+    arrays in
+CPU memory; on an accelerator or a traced array (all of JAX's count as such) that would force a
+synchronization, so there a NaN at a policy token goes through to the result.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Literal, NamedTuple, get_args
+
+import array_api_compat
+
+from ctpo._arrays import (
+    Array,
+    Namespace,
+    check_floating,
+    check_mask,
+    check_shape,
+    check_values,
+    delay,
+    has_readable_values,
+    namespace,
+    one_of,
+    only_where,
+    run_sum,
+    running_minimum,
+    windowed_sum,
+    working_dtype,
+)
+
+__all__ = ["Level", "log_ratio", "positions"]
+
+Level = Literal[
+    "token",
+    "cumulative",
+    "cumulative_mean",
+    "sequence",
+    "sequence_mean",
+    "window",
+    "lookahead",
+    "min_prefix",
+    "turn",
+    "turn_mean",
+]
+LEVELS: tuple[str, ...] = get_args(Level)
+TURN_LEVELS = ("turn", "turn_mean")
+# The smallest window that means something: "window" counts the current token, "lookahead" only later ones.
+SMALLEST_WINDOW = {"window": 1, "lookahead": 0}
+
+
+def positions(mask: Array) -> Array:
+    """Position of every policy token among the policy tokens of its sequence, counted from 1.
+
+    Args:
+        mask: bool, shape (..., T), True at policy tokens.
+
+    Returns:
+        Integers, shape (..., T), 0 where masked.
+
+    Raises:
+        ValueError: `mask` is not a boolean array with a time axis.
+
+    Example:
+        >>> import numpy as np
+        >>> positions(np.array([True, False, True, True]))
+        array([1, 0, 2, 3])
+    """
+    xp = namespace(mask=mask)
+    check_time_axis("mask", mask)
+    check_mask(xp, mask, tuple(mask.shape), "mask")
+    count = xp.astype(mask, xp.__array_namespace_info__().default_dtypes()["integral"])
+    return only_where(xp, mask, xp.cumulative_sum(count, axis=-1), 0)
+
+
+def log_ratio(
+    logp: Array,
+    behavior_logp: Array,
+    mask: Array | None = None,
+    *,
+    level: Level = "cumulative",
+    window: int | None = None,
+    turn_ids: Array | None = None,
+) -> Array:
+    r"""Log importance ratio of the target over the behavior policy at every policy token.
+
+    .. math:: \log\rho_t = \sum_{k\le t} \log\pi(a_k|s_k) - \log b(a_k|s_k)
+
+    for the level "cumulative"; the table at the top of this module gives the others.
+
+    Args:
+        logp: Log-probabilities of the sampled tokens under the target policy, nats, shape (..., T). -inf is
+            allowed (a ratio of 0).
+        behavior_logp: The same under the behavior policy, which sampled the tokens; finite at policy tokens.
+        mask: bool, same shape, True at policy tokens; None for all. What stands at masked places never
+            matters.
+        level: Which product of token ratios.
+        window: Number of policy tokens, for the levels "window" (at least 1) and "lookahead" (at least 0)
+            only.
+        turn_ids: Integers, same shape, for the levels "turn" and "turn_mean" only. Consecutive policy tokens
+            of equal id form a turn; ids at masked places do not matter.
+
+    Returns:
+        Same namespace and shape, the wider of the two dtypes and at least float32; 0 where masked. Levels of
+        the whole sequence or turn are repeated at each of its policy tokens.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, `level` is unknown, `window` or `turn_ids` is missing or not
+            used by the level, or (arrays in CPU memory) an entry at a policy token is NaN, +inf, or -inf in
+            `behavior_logp`.
+
+    Assumptions:
+        E_b[rho_t f_t] = E_pi[f_t] holds if f_t depends on tokens 1..t only, pi has no mass where b has none,
+        pi was fixed before the tokens were drawn, and behavior_logp is what the sampler really used.
+
+    References:
+        "cumulative": arXiv:2605.07331, section 3.1. "cumulative_mean": arXiv:2608.01418. "sequence_mean":
+        arXiv:2507.18071. "min_prefix": arXiv:2601.22718.
+
+    Example:
+        >>> import numpy as np
+        >>> logp, behavior_logp = np.log([[0.6, 0.9, 0.5]]), np.log([[0.5, 0.3, 0.25]])
+        >>> mask = np.array([[True, False, True]])
+        >>> np.exp(log_ratio(logp, behavior_logp, mask)).round(4)
+        array([[1.2, 1. , 2.4]])
+    """
+    check_level(level, window)
+    check_turn_ids(level, turn_ids)
+    xp, _, tokens = token_log_ratio(logp, behavior_logp, mask, turn_ids=turn_ids)
+    return at_level(xp, tokens, mask, level, window=window, turn_ids=turn_ids)
+
+
+class TokenLogRatio(NamedTuple):
+    """Checked inputs in the working dtype, 0 where masked."""
+
+    xp: Namespace
+    logp: Array
+    log_ratio: Array
+
+
+def token_log_ratio(
+    logp: Array,
+    behavior_logp: Array,
+    mask: Array | None,
+    *,
+    turn_ids: Array | None = None,
+    **others: Array | None,
+) -> TokenLogRatio:
+    """Check the arrays that every estimate starts from, then subtract.
+
+    `others` are named arrays that must come from the same library and take part in the choice of dtype; their
+    shapes are the caller's to check.
+    """
+    xp = namespace(logp=logp, behavior_logp=behavior_logp, mask=mask, turn_ids=turn_ids, **others)
+    check_time_axis("logp", logp)
+    check_floating(xp, logp=logp, behavior_logp=behavior_logp)
+    shape = tuple(logp.shape)
+    check_shape(shape, "logp", behavior_logp=behavior_logp)
+    check_mask(xp, mask, shape, "logp")
+    check_shape(shape, "logp", turn_ids=turn_ids)
+    if turn_ids is not None and not xp.isdtype(turn_ids.dtype, "integral"):
+        raise ValueError(f"turn_ids must have an integer dtype; got {turn_ids.dtype}")
+    dtype = working_dtype(xp, logp, behavior_logp, *others.values())
+    logp = only_where(xp, mask, xp.astype(logp, dtype, copy=False))
+    behavior_logp = only_where(xp, mask, xp.astype(behavior_logp, dtype, copy=False))
+    if has_readable_values(logp):
+        allowed = "a number below +inf at every policy token"
+        check_values(xp, "logp", logp, logp < float("inf"), allowed)
+        allowed = "finite at every policy token, which the behavior policy has sampled"
+        check_values(xp, "behavior_logp", behavior_logp, xp.isfinite(behavior_logp), allowed)
+    return TokenLogRatio(xp, logp, logp - behavior_logp)
+
+
+def at_level(
+    xp: Namespace,
+    tokens: Array,
+    mask: Array | None,
+    level: str,
+    *,
+    window: int | None = None,
+    turn_ids: Array | None = None,
+) -> Array:
+    """Log-ratios at `level` from token log-ratios that are 0 where masked."""
+    if level == "token":
+        return tokens
+    if level in ("window", "lookahead"):
+        assert window is not None
+        return _over_neighbors(xp, tokens, mask, level, window)
+    if level in TURN_LEVELS:
+        assert turn_ids is not None
+        return _over_turns(xp, tokens, mask, level, turn_ids)
+    if level == "min_prefix":
+        # +inf is neutral in a minimum, and no token log-ratio is +inf: where it stays, nothing came before.
+        infinity = float("inf")
+        earlier = delay(xp, running_minimum(xp, only_where(xp, mask, tokens, infinity)), 1, infinity)
+        value = tokens + xp.where(earlier == infinity, 0.0, earlier)
+    elif level in ("cumulative", "cumulative_mean"):
+        value = xp.cumulative_sum(tokens, axis=-1)
+        if level == "cumulative_mean":
+            value = value / bounded_positions(xp, tokens, mask)
+    else:
+        total = xp.sum(tokens, axis=-1, keepdims=True)
+        if level == "sequence_mean":
+            total = total / _policy_tokens(xp, tokens, mask)
+        value = total + xp.zeros_like(tokens)  # written out, not a view whose entries share memory
+    return only_where(xp, mask, value)
+
+
+def bounded_positions(xp: Namespace, like: Array, mask: Array | None) -> Array:
+    """Positions in the dtype of `like`, at least 1 everywhere, of a shape that broadcasts against it."""
+    if mask is None:
+        return xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
+    count = xp.cumulative_sum(xp.astype(mask, like.dtype), axis=-1)
+    return xp.where(count < 1, 1.0, count)
+
+
+def _policy_tokens(xp: Namespace, like: Array, mask: Array | None) -> Array | int:
+    """Number of policy tokens of each sequence, at least 1, shape (..., 1)."""
+    if mask is None:
+        return max(like.shape[-1], 1)
+    count = xp.sum(xp.astype(mask, like.dtype), axis=-1, keepdims=True)
+    return xp.where(count < 1, 1.0, count)
+
+
+def _over_neighbors(xp: Namespace, tokens: Array, mask: Array | None, level: str, window: int) -> Array:
+    """Levels "window" and "lookahead", which count in policy tokens: gaps are closed for them."""
+    packed = tokens if mask is None else xp.take_along_axis(tokens, _policy_first(xp, mask), axis=-1)
+    # Zeros follow the last policy token, so prefix sums stay at log rho_H from there on.
+    packed = windowed_sum(xp, packed, window) if level == "window" else xp.cumulative_sum(packed, axis=-1)
+    ahead = window if level == "lookahead" else 0
+    length = tokens.shape[-1]
+    if mask is None:
+        reach = xp.arange(length, device=array_api_compat.device(tokens)) + min(ahead, length)
+        reach = xp.where(reach < length, reach, length - 1)
+        return xp.take(packed, reach, axis=-1) if ahead else packed
+    reach = positions(mask) - 1 + min(ahead, length)
+    reach = xp.where(reach < 0, 0, xp.where(reach < length, reach, length - 1))
+    return xp.where(mask, xp.take_along_axis(packed, reach, axis=-1), 0.0)
+
+
+def _over_turns(xp: Namespace, tokens: Array, mask: Array | None, level: str, turn_ids: Array) -> Array:
+    """Levels "turn" and "turn_mean"; gaps are closed first, so that they neither join nor part turns."""
+    counted = xp.ones_like(tokens)
+    if mask is not None:
+        order = _policy_first(xp, mask)
+        tokens, turn_ids = (xp.take_along_axis(x, order, axis=-1) for x in (tokens, turn_ids))
+        counted = xp.take_along_axis(xp.astype(mask, tokens.dtype), order, axis=-1)
+    # A run also starts where the policy tokens end, so that the packed rest joins no turn.
+    starts = (turn_ids != delay(xp, turn_ids, 1, 0)) | (counted != delay(xp, counted, 1, -1.0))
+    value = run_sum(xp, tokens, starts)
+    if level == "turn_mean":
+        value = value / xp.where(counted > 0, run_sum(xp, counted, starts), 1.0)
+    if mask is None:
+        return value
+    index = positions(mask) - 1
+    return xp.where(mask, xp.take_along_axis(value, xp.where(index < 0, 0, index), axis=-1), 0.0)
+
+
+def _policy_first(xp: Namespace, mask: Array) -> Array:
+    """Indices that bring the policy tokens to the front in their order."""
+    return xp.argsort(xp.astype(~mask, xp.int8), axis=-1, stable=True)
+
+
+def check_time_axis(name: str, x: Array) -> None:
+    """Raise for a 0-dimensional array."""
+    if x.ndim < 1:
+        raise ValueError(f"{name} must have a time axis, shape (..., T); got shape ()")
+
+
+def check_level(level: object, window: object) -> None:
+    """Raise for an unknown level, and for a window that the level lacks, does not use, or cannot mean."""
+    one_of("level", level, LEVELS)
+    smallest = SMALLEST_WINDOW.get(str(level))
+    if smallest is None:
+        if window is not None:
+            raise ValueError(f"window must be None at level {level!r}; got {window!r}")
+        return
+    try:
+        valid = not isinstance(window, bool) and operator.index(window) >= smallest  # type: ignore[arg-type]
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"window must be an integer of at least {smallest} at level {level!r}; got {window!r}"
+        )
+
+
+def check_turn_ids(level: str, turn_ids: object) -> None:
+    """Raise if `turn_ids` is missing at a turn level or given at another."""
+    if (turn_ids is None) == (level in TURN_LEVELS):
+        need = "an integer array" if level in TURN_LEVELS else "None"
+        got = "None" if turn_ids is None else type(turn_ids).__name__
+        raise ValueError(f"turn_ids must be {need} at level {level!r}; got {got}")
