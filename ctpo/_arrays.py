@@ -6,6 +6,7 @@ take the same path. No function mutates its input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -87,11 +88,24 @@ def check_mask(xp: Namespace, mask: Array | None, shape: tuple[int, ...], like: 
         check_shape(shape, like, mask=mask)
 
 
-def check_values(xp: Namespace, name: str, x: Array, ok: Array, allowed: str) -> None:
-    """Raise unless `ok` is True everywhere, naming the first offending entry of `x`."""
-    if not bool(xp.all(ok)):
-        index = tuple(int(i[0]) for i in xp.nonzero(~ok)) if x.ndim else ()
-        raise ValueError(f"{name} must be {allowed}; got {float(x[index])} at index {index}")
+def check_finite(
+    xp: Namespace, name: str, x: Array, mask: Array | None, *, where: str, minus_infinity: bool = False
+) -> None:
+    """Raise if an entry where `mask` is True is NaN or infinite, naming the first; -inf can be allowed.
+
+    Nothing is looked at unless that is free: on an accelerator or in a trace it would force a synchronization.
+    """
+    if not has_readable_values(x) or 0 in x.shape:
+        return
+    # Extremes propagate NaN and cost much less than a test of every entry, which only a failure needs.
+    if float(xp.max(x)) < math.inf and (minus_infinity or float(xp.min(x)) > -math.inf):
+        return
+    bad = ~(x < math.inf) if minus_infinity else ~xp.isfinite(x)
+    bad = bad if mask is None else bad & mask
+    if bool(xp.any(bad)):
+        index = tuple(int(i[0]) for i in xp.nonzero(bad)) if x.ndim else ()
+        allowed = "a number below +inf" if minus_infinity else "finite"
+        raise ValueError(f"{name} must be {allowed} {where}; got {float(x[index])} at index {index}")
 
 
 def has_readable_values(x: Array) -> bool:
@@ -143,7 +157,7 @@ def running_minimum(xp: Namespace, x: Array) -> Array:
     """Minimum of x[..., 0..t] for every t, by log2(T) doubling passes."""
     step = 1
     while step < x.shape[-1]:
-        x = xp.minimum(x, delay(xp, x, step, float("inf")))
+        x = xp.minimum(x, delay(xp, x, step, math.inf))
         step *= 2
     return x
 

@@ -13,13 +13,12 @@ from ctpo._arrays import (
     Namespace,
     advance,
     backward_recurrence,
+    check_finite,
     check_floating,
     check_numeric,
     check_sequence_or_token,
     check_shape,
-    check_values,
     default_float,
-    has_readable_values,
     namespace,
     only_where,
 )
@@ -230,8 +229,7 @@ def _rewards_by_token(xp: Namespace, rewards: Array, tokens: Array, mask: Array 
         chosen = xp.ones_like(tokens) if mask is None else xp.astype(mask, tokens.dtype)
         from_here = xp.flip(xp.cumulative_sum(xp.flip(chosen, axis=-1), axis=-1), axis=-1)
         rewards = xp.where((from_here == 1) & (chosen == 1), rewards[..., None], 0.0)
-    if has_readable_values(rewards):
-        check_values(xp, "rewards", rewards, xp.isfinite(rewards), "finite at every policy token")
+    check_finite(xp, "rewards", rewards, mask, where="at every policy token")
     return rewards
 
 
@@ -240,8 +238,7 @@ def _critic(xp: Namespace, name: str, x: Array, tokens: Array, mask: Array | Non
     check_floating(xp, **{name: x})
     check_shape(tuple(tokens.shape), "logp", **{name: x})
     x = only_where(xp, mask, xp.astype(x, tokens.dtype, copy=False))
-    if has_readable_values(x):
-        check_values(xp, name, x, xp.isfinite(x), "finite at every policy token")
+    check_finite(xp, name, x, mask, where="at every policy token")
     return x
 
 
@@ -256,8 +253,7 @@ def _group(rewards: Array) -> tuple[Namespace, Array]:
     floating = xp.isdtype(rewards.dtype, "real floating")
     dtype = xp.result_type(rewards.dtype, xp.float32) if floating else default_float(xp, rewards)
     rewards = xp.astype(rewards, dtype, copy=False)
-    if has_readable_values(rewards):
-        check_values(xp, "rewards", rewards, xp.isfinite(rewards), "finite")
+    check_finite(xp, "rewards", rewards, None, where="everywhere")
     return xp, rewards
 
 

@@ -154,7 +154,7 @@ class PositionClip:
             ValueError: `position` is not numeric.
         """
         position, xp = _float_positions(position)
-        position = xp.where(position < 1, 1.0, position)
+        position = xp.clip(position, min=1.0)
         width = position**self.power
         low, high = -self.low * width, self.high * width
         dual = None if self.dual is None else self.dual * width

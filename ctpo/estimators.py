@@ -42,10 +42,9 @@ from typing import Any, Literal, NamedTuple, get_args
 from ctpo._arrays import (
     Array,
     Namespace,
+    check_finite,
     check_numeric,
     check_sequence_or_token,
-    check_values,
-    has_readable_values,
     one_of,
     only_where,
     real_number,
@@ -205,14 +204,15 @@ class Estimator:
             log_weight = xp.where(low, log_low, xp.where(high, log_high, log_weight))
             if log_dual is not None:
                 log_weight = xp.where(dual, log_dual, log_weight)
-        ratio = only_where(xp, mask, xp.exp(log_weight))
-        weight = xp.where(gated, 0.0, ratio)
-        # A product with 0 is 0 here, also where the other factor has overflowed or is log 0.
+        ratio = xp.exp(log_weight)
+        weight = xp.where(gated if mask is None else gated | ~mask, 0.0, ratio)
+        # 0 times anything is 0 here, also times a ratio that has overflowed and times log 0.
         if self.form in ("cispo", "reinforce"):
-            slope = weight * advantages
-            value = xp.where(slope == 0, 0.0, slope) * xp.where(slope == 0, 0.0, logp)
+            scale = weight * advantages
+            value = xp.where(scale == 0, 0.0, scale * logp)
         else:
-            value = xp.where(advantages == 0, 0.0, ratio) * advantages
+            counted = advantages != 0
+            value = xp.where(counted if mask is None else counted & mask, ratio * advantages, 0.0)
         # Combining with False makes four arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated))
         return Coefficients(value, weight, *flags)
@@ -224,16 +224,15 @@ class Estimator:
         gated = saturated = xp.zeros_like(tokens, dtype=xp.bool)
         limit = self.max_token_log_ratio
         if limit is not None and self.level in ("token", *_PREFIX_LEVELS):
-            above, below = tokens > limit, tokens < -limit
-            tokens = xp.where(above, limit, xp.where(below, -limit, tokens))
-            saturated = above | below
+            saturated = abs(tokens) > limit
+            tokens = xp.clip(tokens, min=-limit, max=limit)
             if self.level == "token":
                 gated = saturated
         log_weight = at_level(xp, tokens, mask, self.level, window=self.window, turn_ids=turn_ids)
         limit = self.max_log_ratio
         if limit is not None and self.level != "token":
             gated = log_weight > limit
-            log_weight = xp.where(gated, limit, log_weight)
+            log_weight = xp.clip(log_weight, max=limit)
             saturated = saturated | gated
         return log_weight, gated, saturated
 
@@ -245,11 +244,12 @@ def _advantages_by_token(xp: Namespace, advantages: Array, tokens: Array, mask: 
     advantages = xp.astype(advantages, tokens.dtype, copy=False)
     if by_token:
         advantages = only_where(xp, mask, advantages)
-    elif mask is not None:
-        advantages = only_where(xp, xp.any(mask, axis=-1), advantages)
-    if has_readable_values(advantages):
-        check_values(xp, "advantages", advantages, xp.isfinite(advantages), "finite at every policy token")
-    return advantages if by_token else advantages[..., None]
+        check_finite(xp, "advantages", advantages, mask, where="at every policy token")
+        return advantages
+    acting = None if mask is None else xp.any(mask, axis=-1)
+    advantages = only_where(xp, acting, advantages)
+    check_finite(xp, "advantages", advantages, acting, where="in every sequence with a policy token")
+    return advantages[..., None]
 
 
 _RELEASED_CLIP = PositionClip(low=0.025, high=0.05, power=0.5, dual=0.05)

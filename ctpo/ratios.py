@@ -30,6 +30,7 @@ synchronization, so there a NaN at a policy token goes through to the result.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Literal, NamedTuple, get_args
 
@@ -38,12 +39,11 @@ import array_api_compat
 from ctpo._arrays import (
     Array,
     Namespace,
+    check_finite,
     check_floating,
     check_mask,
     check_shape,
-    check_values,
     delay,
-    has_readable_values,
     namespace,
     one_of,
     only_where,
@@ -187,11 +187,9 @@ def token_log_ratio(
     dtype = working_dtype(xp, logp, behavior_logp, *others.values())
     logp = only_where(xp, mask, xp.astype(logp, dtype, copy=False))
     behavior_logp = only_where(xp, mask, xp.astype(behavior_logp, dtype, copy=False))
-    if has_readable_values(logp):
-        allowed = "a number below +inf at every policy token"
-        check_values(xp, "logp", logp, logp < float("inf"), allowed)
-        allowed = "finite at every policy token, which the behavior policy has sampled"
-        check_values(xp, "behavior_logp", behavior_logp, xp.isfinite(behavior_logp), allowed)
+    check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True)
+    sampled = "at every policy token, which the behavior policy has sampled"
+    check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled)
     return TokenLogRatio(xp, logp, logp - behavior_logp)
 
 
@@ -215,9 +213,8 @@ def at_level(
         return _over_turns(xp, tokens, mask, level, turn_ids)
     if level == "min_prefix":
         # +inf is neutral in a minimum, and no token log-ratio is +inf: where it stays, nothing came before.
-        infinity = float("inf")
-        earlier = delay(xp, running_minimum(xp, only_where(xp, mask, tokens, infinity)), 1, infinity)
-        value = tokens + xp.where(earlier == infinity, 0.0, earlier)
+        earlier = delay(xp, running_minimum(xp, only_where(xp, mask, tokens, math.inf)), 1, math.inf)
+        value = tokens + xp.where(earlier == math.inf, 0.0, earlier)
     elif level in ("cumulative", "cumulative_mean"):
         value = xp.cumulative_sum(tokens, axis=-1)
         if level == "cumulative_mean":
@@ -235,7 +232,7 @@ def bounded_positions(xp: Namespace, like: Array, mask: Array | None) -> Array:
     if mask is None:
         return xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
     count = xp.cumulative_sum(xp.astype(mask, like.dtype), axis=-1)
-    return xp.where(count < 1, 1.0, count)
+    return xp.clip(count, min=1.0)
 
 
 def _policy_tokens(xp: Namespace, like: Array, mask: Array | None) -> Array | int:
@@ -243,7 +240,7 @@ def _policy_tokens(xp: Namespace, like: Array, mask: Array | None) -> Array | in
     if mask is None:
         return max(like.shape[-1], 1)
     count = xp.sum(xp.astype(mask, like.dtype), axis=-1, keepdims=True)
-    return xp.where(count < 1, 1.0, count)
+    return xp.clip(count, min=1.0)
 
 
 def _over_neighbors(xp: Namespace, tokens: Array, mask: Array | None, level: str, window: int) -> Array:
