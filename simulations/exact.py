@@ -1,18 +1,18 @@
 r"""Exact moments of importance ratios and of policy-gradient estimators, by two independent engines.
 
-**Enumeration** lists every trajectory of a world. It takes any estimator of `ctpo` (clipped and length-normalised
-ones too) in float64, and the rational levels in Fractions, where equality is equality. Its cost is the number of
-trajectories.
+**Enumeration** lists every trajectory of a world. It takes any estimator of `ctpo` (clipped and
+length-normalised ones too) in float64, and the rational levels in Fractions, where equality is equality. Its
+cost is the number of trajectories.
 
-**Dynamic programming** walks over Markov states. It takes the levels whose weight is a product of token ratios along
-the stream (none, token, cumulative, window, lookahead, sequence) and costs O(horizon), also in Fractions. It works
-because each such weight is a path weight of a small automaton: before a term is emitted the path may carry the factor
-1 or r per token, and likewise after it. The second moment of the summed gradient pairs two copies of the automaton,
-whose joint carries 1, r or r^2; a forward pass holds the pairs that have emitted nothing, a backward pass the
-expected remainder once one of them has.
+**Dynamic programming** walks over Markov states. It takes the levels whose weight is a product of token
+ratios along the stream (none, token, cumulative, window, lookahead, sequence) and costs O(horizon), also in
+Fractions. It works because each such weight is a path weight of a small automaton: before a term is emitted
+the path may carry the factor 1 or r per token, and likewise after it. The second moment of the summed
+gradient pairs two copies of the automaton, whose joint carries 1, r or r^2; a forward pass holds the pairs
+that have emitted nothing, a backward pass the expected remainder once one of them has.
 
-Notation: Y = R(s_end) * sum_t W_t A_t g_t with weight W_t, advantage A_t(s_t, a_t) and score g_t. With `outcome=True`
-R is the world's outcome reward, otherwise 1.
+Notation: Y = R(s_end) * sum_t W_t A_t g_t with weight W_t, advantage A_t(s_t, a_t) and score g_t. With
+`outcome=True` R is the world's outcome reward, otherwise 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_STORED_BYTES = 2 * 1024**3
 Who = Literal["behavior", "target"]
 AdvantageKind = Literal["A_target", "A_behavior", "Q_target", "Q_behavior", "one"]
 
-# --- transition operators -------------------------------------------------------------------------------------------
+# --- transition operators -----------------------------------------------------------------------------------
 
 
 class _EdgeMatrix:
@@ -80,12 +80,12 @@ def _compact(matrix: scipy.sparse.csr_array) -> Any:
 
 
 def _power_coefficients(world: World) -> list[np.ndarray]:
-    """b * r^p over the policy's states for p = 0, 1, 2 (so b, pi and pi^2/b on the behavior policy's support)."""
+    """Products b * r^p in the policy's states, p = 0, 1, 2: b, pi and pi^2/b on the support of b."""
     written = np.where(world.mdp.policy_states[:, None], world.behavior, world.behavior * 0)
     return [written, written * world.ratio, written * world.ratio**2]
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def _next_state_expectation(world: World) -> Callable[[np.ndarray], np.ndarray]:
     shape = (world.mdp.n_states, world.mdp.n_actions)
     if not world.exact:
         rows = state * shape[1] + action
-        matrix = _compact(scipy.sparse.csr_array((probability, (rows, nxt)), shape=(shape[0] * shape[1], shape[0])))
+        matrix = _compact(
+            scipy.sparse.csr_array((probability, (rows, nxt)), shape=(shape[0] * shape[1], shape[0]))
+        )
         return lambda vector: (matrix @ vector).reshape(shape)
 
     def expect(vector: np.ndarray) -> np.ndarray:
@@ -177,11 +179,13 @@ def policy_gradient(world: World) -> np.ndarray:
     for h in range(mdp.horizon - 1, -1, -1):
         gradient = step @ gradient.reshape(mdp.n_states, -1)
         gradient = np.asarray(gradient).reshape(mdp.n_states, world.n_blocks, d)
-        gradient[states, world.block(h)] += ((written * table.q[h])[:, :, None] * world.local_scores).sum(axis=1)
+        gradient[states, world.block(h)] += ((written * table.q[h])[:, :, None] * world.local_scores).sum(
+            axis=1
+        )
     return (mdp.initial[:, None, None] * gradient).sum(axis=0).ravel()
 
 
-# --- moments of the ratio -------------------------------------------------------------------------------------------
+# --- moments of the ratio -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,9 @@ def ratio_moments(world: World) -> RatioMoments:
     """Moments of rho_t and log rho_t for every t by a forward pass over states: O(H), no Monte Carlo noise.
 
     Returns:
-        `RatioMoments` with arrays of length H + 1 (t = 0..H) and chi2 arrays of length H. Where the target never
-        writes a token that the behavior policy writes, log rho has no finite moments and `mean_log`, `var_log` are NaN.
+        `RatioMoments` with arrays of length H + 1 (t = 0..H) and chi2 arrays of length H. Where the target
+        never writes a token that the behavior policy writes, log rho has no finite moments and `mean_log`,
+        `var_log` are NaN.
     """
     mdp, exact = world.mdp, world.exact
     horizon = mdp.horizon
@@ -279,15 +284,15 @@ def ratio_moments(world: World) -> RatioMoments:
     return RatioMoments(means, squares, log_squares, marginal, tilted, mean_log, var_log)
 
 
-# --- the summed gradient by dynamic programming ---------------------------------------------------------------------
+# --- the summed gradient by dynamic programming -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Phases:
     """A weight level as an automaton over policy tokens; each move carries r to the given power (0 or 1).
 
-    `carry`: moves between phases before the term is emitted. `emit`: moves that emit it. `after`: the one move of
-    each later phase. All phases before emission listed in `starts` may begin a stream.
+    `carry`: moves between phases before the term is emitted. `emit`: moves that emit it. `after`: the one
+    move of each later phase. All phases before emission listed in `starts` may begin a stream.
     """
 
     n_before: int
@@ -302,7 +307,9 @@ def _phases(level: str, window: int | None) -> _Phases:
         if not isinstance(window, int) or window < least:
             raise ValueError(f"window: level {level!r} needs a whole number >= {least}, got {window!r}")
     elif window is not None:
-        raise ValueError(f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}")
+        raise ValueError(
+            f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}"
+        )
     if level == "none":
         return _Phases(1, ((0, 0, 0),), ((0, 0, 0),), ((0, 0),))
     if level == "token":
@@ -313,22 +320,24 @@ def _phases(level: str, window: int | None) -> _Phases:
         return _Phases(1, ((0, 0, 1),), ((0, 0, 1),), ((0, 1),))
     if level == "lookahead" and window is not None:
         # After emission `window` more tokens carry r, counted down to the phase 0 that carries nothing.
-        return _Phases(1, ((0, 0, 1),), ((0, window, 1),), ((0, 0), *((c - 1, 1) for c in range(1, window + 1))))
+        return _Phases(
+            1, ((0, 0, 1),), ((0, window, 1),), ((0, 0), *((c - 1, 1) for c in range(1, window + 1)))
+        )
     if level == "window" and window is not None:
-        # Phase 0 waits; phase c has c tokens of the window left. A stream may begin inside a window cut short.
+        # Phase 0 waits; phase c has c tokens of the window left. A stream may begin in a window cut short.
         if window == 1:
             return _phases("token", None)
         carry = ((0, 0, 0), (0, window - 1, 1), *((c, c - 1, 1) for c in range(2, window)))
         return _Phases(window, carry, ((1, 0, 1),), ((0, 0),))
     raise ValueError(
-        "level: dynamic programming knows 'none', 'token', 'cumulative', 'window', 'lookahead' and 'sequence' "
-        f"(others by enumeration or Monte Carlo), got {level!r}"
+        "level: dynamic programming knows 'none', 'token', 'cumulative', 'window', 'lookahead' and "
+        f"'sequence' (others by enumeration or Monte Carlo), got {level!r}"
     )
 
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """Mean (D,), total variance (trace of the covariance) and, if asked for, covariance (D, D) of a summed gradient."""
+    """Moments of a summed gradient: mean (D,), trace of the covariance and, on request, covariance (D, D)."""
 
     mean: np.ndarray
     total_variance: Any
@@ -344,7 +353,7 @@ def gradient_moments(
     outcome: bool = False,
     covariance: bool = False,
 ) -> GradientMoments:
-    r"""Exact mean and covariance of the summed gradient estimator Y under the behavior policy, linear in the horizon.
+    r"""Exact mean and covariance of a summed gradient estimator under the behavior policy, linear in H.
 
     .. math:: Y = R(s_{end})^{[outcome]} \sum_{t \in policy} W_t A_t(s_t, a_t) \nabla \log \pi(a_t|s_t)
 
@@ -367,7 +376,8 @@ def gradient_moments(
         table = np.broadcast_to(table, (horizon, *table.shape))
     if table.shape != (horizon, n_states, mdp.n_actions):
         raise ValueError(
-            f"advantage: shape must be {(horizon, n_states, mdp.n_actions)} (horizon, states, actions), got {table.shape}"
+            f"advantage: shape must be {(horizon, n_states, mdp.n_actions)} (horizon, states, actions), "
+            f"got {table.shape}"
         )
     local = world.local_scores
     d = local.shape[2]
@@ -411,12 +421,12 @@ def gradient_moments(
         for i, j, p in phases.emit:
             # Copy one emits here. Copy two emits here too, or moves on and emits later (twice, by symmetry).
             for i2, j2, p2 in phases.emit:
-                weight = (
-                    pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h**2 * pairs_next[j, j2]
-                )
+                weight = pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h**2 * pairs_next[j, j2]
                 trace = trace + (weight * norms).sum()
                 if full is not None:
-                    outer = (weight[:, :, None, None] * local[:, :, :, None] * local[:, :, None, :]).sum(axis=1)
+                    outer = (weight[:, :, None, None] * local[:, :, :, None] * local[:, :, None, :]).sum(
+                        axis=1
+                    )
                     view = full.reshape(n_blocks, d, n_blocks, d)
                     for s in states:
                         view[block[s], :, block[s], :] += outer[s]
@@ -446,7 +456,10 @@ def gradient_moments(
         pending = previous
         tail = [_apply(move[q], tail[n]) + stay(tail[j]) for j, (n, q) in enumerate(phases.after)]
         tail_pairs = {
-            (j, k): _apply(move[phases.after[j][1] + phases.after[k][1]], tail_pairs[phases.after[j][0], phases.after[k][0]])
+            (j, k): _apply(
+                move[phases.after[j][1] + phases.after[k][1]],
+                tail_pairs[phases.after[j][0], phases.after[k][0]],
+            )
             + stay(value)
             for (j, k), value in tail_pairs.items()
         }
@@ -454,8 +467,8 @@ def gradient_moments(
     total_variance = trace - (mean**2).sum()
     if not exact and not np.isfinite(total_variance):
         raise ValueError(
-            f"level: the second moment at level {level!r} over {horizon} tokens exceeds float64; shorten the horizon, "
-            "or use ratio_moments, which works in logarithms"
+            f"level: the second moment at level {level!r} over {horizon} tokens exceeds float64; shorten "
+            "the horizon, or use ratio_moments, which works in logarithms"
         )
     if full is None:
         return GradientMoments(mean, total_variance)
@@ -469,7 +482,7 @@ def _apply(matrix: Any, vector: np.ndarray) -> np.ndarray:
 
 
 def _next_block_expectation(world: World, d: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function of (S, K, d) and the block of each state: (S, A, d), the next state's entries in one's own block."""
+    """A function of (S, K, d) and each state's block: (S, A, d), the next state's mean in one's own block."""
     state, action, nxt, probability = world.mdp.edges
     n_states, n_actions = world.mdp.n_states, world.mdp.n_actions
     if len(state) == n_states * n_actions and np.all(probability == 1):
@@ -492,12 +505,13 @@ def _next_block_expectation(world: World, d: int) -> Callable[[np.ndarray, np.nd
 def _forward_pass(
     world: World, phases: _Phases, move: list[Any], rest: Any
 ) -> tuple[list[list[np.ndarray]], list[dict[tuple[int, int], np.ndarray]]]:
-    """Behavior-expected weight of being in each phase (and pair of phases) before emission, by step and state."""
+    """Weight, by step and state, of being in each phase and pair of phases before emission, under b."""
     n, horizon = phases.n_before, world.mdp.horizon
     stored = horizon * n * (n + 1) * world.mdp.n_states * 8
     if stored > MAX_STORED_BYTES:
         raise ValueError(
-            f"window: {n} phases over {horizon} tokens and {world.mdp.n_states} states need {stored / 2**30:.1f} GiB, "
+            f"window: {n} phases over {horizon} tokens and {world.mdp.n_states} states need "
+            f"{stored / 2**30:.1f} GiB, "
             f"at most {MAX_STORED_BYTES / 2**30:.0f} are allowed; take a shorter window or horizon"
         )
     backward = [m.T for m in move]
@@ -520,7 +534,7 @@ def _forward_pass(
     return alone, pairs
 
 
-# --- enumeration ----------------------------------------------------------------------------------------------------
+# --- enumeration --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -529,7 +543,7 @@ class Trajectories:
 
     Attributes:
         world: Where they come from.
-        states, actions: (N, H) state before each token and the token; after the end, the END state and token 0.
+        states, actions: (N, H) state before each token and the token; after the end, END state and token 0.
         final_state: (N,) state in which the stream stops.
         live: (N, H) bool, whether a token is written at all.
         mask: (N, H) bool, whether the policy writes it.
@@ -642,8 +656,9 @@ def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Traje
         count = moved
         if finished + count.sum() > limit:
             raise ValueError(
-                f"horizon: {mdp.horizon} tokens in world {world.name!r} make more than {limit} trajectories, too many "
-                "to enumerate; use gradient_moments or ratio_moments (dynamic programming), or Monte Carlo"
+                f"horizon: {mdp.horizon} tokens in world {world.name!r} make more than {limit} trajectories, "
+                "too many to enumerate; use gradient_moments or ratio_moments (dynamic programming), or "
+                "Monte Carlo"
             )
     states = starts[:, None]
     actions = np.zeros((len(starts), 0), dtype=np.int64)
@@ -654,7 +669,9 @@ def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Traje
         parent = np.repeat(np.arange(len(here)), children)
         rank = np.arange(len(parent)) - np.repeat(np.cumsum(children) - children, children)
         goes_on = fan[here[parent]] > 0
-        edge = order[np.where(goes_on, first[here[parent]] + rank, 0)] if len(order) else np.zeros_like(parent)
+        edge = (
+            order[np.where(goes_on, first[here[parent]] + rank, 0)] if len(order) else np.zeros_like(parent)
+        )
         token = np.where(goes_on, action[edge], 0)
         by_tool = goes_on & (mdp.kind[here[parent]] == TOOL)
         environment = environment[parent] * np.where(goes_on, probability[edge], 1)

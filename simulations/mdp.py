@@ -1,7 +1,7 @@
 r"""Finite token-generation worlds: who writes each token, with which probability, and what it earns.
 
-A `World` is a token MDP together with the two policies that every claim of this project is about: the behavior
-policy b that sampled the tokens and the target policy pi whose gradient is wanted.
+A `World` is a token MDP together with the two policies that every claim of this project is about: the
+behavior policy b that sampled the tokens and the target policy pi whose gradient is wanted.
 
 Conventions used throughout `simulations`:
 
@@ -11,20 +11,21 @@ Conventions used throughout `simulations`:
   absorbing: nothing more is written.
 * After token a in state s the next state is drawn from the world's transition, which is deterministic for
   language models and may be random in general.
-* The return of a trajectory is the sum of `reward[s, a]` over its policy and tool tokens, plus `outcome[s_end]` of
-  the state in which it stops. A tree world's end state is the whole string, so `outcome` can be any function of it.
-* Probabilities are float64, or `fractions.Fraction` in object arrays ("exact worlds"): every engine but Monte Carlo
-  takes both, and on exact worlds its answers are exact.
-* Policies are softmax in logits; the score of token a in state s is 1{a=a'} - pi(a'|s) in the block of logits that
-  state s uses, a rational function of the probabilities. `parameters` says which states share a block: each state
-  its own ("prefix"), each step its own ("position"), or one block for all ("shared"). A world may instead bring its
-  own score vectors (`scores`), as a neural network does.
+* The return of a trajectory is the sum of `reward[s, a]` over its policy and tool tokens, plus
+  `outcome[s_end]` of the state in which it stops. A tree world's end state is the whole string, so `outcome`
+  can be any function of it.
+* Probabilities are float64, or `fractions.Fraction` in object arrays ("exact worlds"): every engine but Monte
+  Carlo takes both, and on exact worlds its answers are exact.
+* Policies are softmax in logits; the score of token a in state s is 1{a=a'} - pi(a'|s) in the block of logits
+  that state s uses, a rational function of the probabilities. `parameters` says which states share a block:
+  each state its own ("prefix"), each step its own ("position"), or one block for all ("shared"). A world may
+  instead bring its own score vectors (`scores`), as a neural network does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -84,8 +85,8 @@ class TokenMDP:
         horizon: Largest number of tokens in a stream, at least 1.
         kind: (S,) POLICY, TOOL or END for every state.
         initial: (S,) distribution of the first state.
-        edges: Four arrays of one length E: state, action, next state (ints) and the probability of that next state
-            given state and action. END states have none.
+        edges: Four arrays of one length E: state, action, next state (ints) and the probability of that next
+            state given state and action. END states have none.
         reward: (S, A) reward of a token, in units of return.
         outcome: (S,) reward for the state in which the stream stops.
         tool: (S, A) distribution of the environment's token in TOOL states; other rows are ignored.
@@ -128,7 +129,11 @@ class TokenMDP:
         check_distribution("initial", self.initial[None])
         check_distribution("tool", self.tool, self.kind == TOOL)
         state, action, nxt, probability = self.edges
-        for name, array, bound in (("state", state, n_states), ("action", action, n_actions), ("next", nxt, n_states)):
+        for name, array, bound in (
+            ("state", state, n_states),
+            ("action", action, n_actions),
+            ("next", nxt, n_states),
+        ):
             if array.size and (array.min() < 0 or array.max() >= bound):
                 raise ValueError(f"edges: {name} must be in [0, {bound}), got {array.min()}..{array.max()}")
         mass = zeros((n_states, n_actions), self.exact)
@@ -140,8 +145,8 @@ class TokenMDP:
         if np.any(wrong[live]):
             s, a = np.argwhere(wrong & live[:, None])[0]
             raise ValueError(
-                f"edges: next-state probabilities must sum to 1, after token {a} in state {self.labels[s]!r} they "
-                f"sum to {mass[s, a]}"
+                f"edges: next-state probabilities must sum to 1, after token {a} in state {self.labels[s]!r} "
+                f"they sum to {mass[s, a]}"
             )
         if np.any(mass[~live] != 0):
             raise ValueError("edges: END states are absorbing and must have none")
@@ -176,7 +181,8 @@ class World:
         behavior: (S, A) probabilities b(a|s); only rows of POLICY states count.
         target: (S, A) probabilities pi(a|s).
         parameters: Which states share a block of logits: "prefix", "position" or "shared".
-        scores: (S, A, D) gradient of log pi(a|s) for a target with parameters of its own; overrides `parameters`.
+        scores: (S, A, D) gradient of log pi(a|s) for a target with parameters of its own; overrides
+            `parameters`.
         require_support: Check absolute continuity (AC): pi(a|s) > 0 implies b(a|s) > 0 on every prefix that b
             reaches. Turn it off only to study what breaks without it.
 
@@ -198,7 +204,9 @@ class World:
             if policy.shape != shape:
                 raise ValueError(f"{name}: shape must be {shape} (states, actions), got {policy.shape}")
             if (policy.dtype == object) != self.exact:
-                raise ValueError(f"{name}: must be of the world's number kind, Fractions or float64, not a mix")
+                raise ValueError(
+                    f"{name}: must be of the world's number kind, Fractions or float64, not a mix"
+                )
             check_distribution(name, policy, self.mdp.policy_states)
         if self.parameters not in get_args(Parameters):
             raise ValueError(f"parameters: must be one of {get_args(Parameters)}, got {self.parameters!r}")
@@ -206,8 +214,8 @@ class World:
             raise ValueError(f"scores: shape must start with {shape}, got {self.scores.shape}")
         if self.require_support and (prefix := self.unsupported_prefix()) is not None:
             raise ValueError(
-                f"target: puts mass where the behavior policy has none: {prefix}. Importance ratios cannot correct "
-                "for tokens that are never sampled; pass require_support=False to study what breaks."
+                f"target: puts mass where the behavior policy has none: {prefix}. Importance ratios cannot "
+                "correct for tokens that are never sampled; pass require_support=False to study what breaks."
             )
 
     @property
@@ -230,7 +238,7 @@ class World:
         return ratio
 
     def token_probabilities(self, who: Literal["behavior", "target"]) -> np.ndarray:
-        """(S, A) probability of each token: the policy's, or the environment's in TOOL states; 0 in END states."""
+        """(S, A) probability of each token: the policy's, or the environment's in TOOL states; 0 in END."""
         chosen = np.where(self.mdp.policy_states[:, None], getattr(self, who), self.mdp.tool)
         chosen[self.mdp.kind == END] = Fraction(0) if self.exact else 0.0
         return chosen
@@ -267,7 +275,7 @@ class World:
         return np.full(n, step) if self.parameters == "position" else np.arange(n)
 
     def unsupported_prefix(self) -> str | None:
-        """Where (AC) fails, in words, or None if it holds on every prefix that b reaches within the horizon."""
+        """Where (AC) fails, in words, or None if it holds on every prefix that b reaches."""
         state, action, nxt, probability = self.mdp.edges
         written = self.token_probabilities("behavior")
         paths: dict[int, tuple[int, ...]] = {int(s): () for s in np.flatnonzero(self.mdp.initial > 0)}
@@ -280,8 +288,8 @@ class World:
                 if bad.size:
                     a = int(bad[0])
                     return (
-                        f"after prefix {paths[s]} (state {self.mdp.labels[s]!r}) token {a} has target probability "
-                        f"{self.target[s, a]} and behavior probability 0"
+                        f"after prefix {paths[s]} (state {self.mdp.labels[s]!r}) token {a} has target "
+                        f"probability {self.target[s, a]} and behavior probability 0"
                     )
             alive = np.isin(state, frontier) & (probability > 0)
             alive &= written[state, action] > 0
@@ -311,11 +319,15 @@ class World:
         )
         scores = None if self.scores is None else self.scores.astype(float)
         return replace(
-            self, mdp=floating, behavior=self.behavior.astype(float), target=self.target.astype(float), scores=scores
+            self,
+            mdp=floating,
+            behavior=self.behavior.astype(float),
+            target=self.target.astype(float),
+            scores=scores,
         )
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
+# --- policies -----------------------------------------------------------------------------------------------
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -325,12 +337,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def random_policy(
-    mdp: TokenMDP, rng: np.random.Generator, *, parameters: Parameters = "prefix", largest: int = 5, spread: float = 1.0
+    mdp: TokenMDP,
+    rng: np.random.Generator,
+    *,
+    parameters: Parameters = "prefix",
+    largest: int = 5,
+    spread: float = 1.0,
 ) -> np.ndarray:
     """A random policy that respects the sharing of parameters.
 
-    Exact worlds draw integer weights from 1..largest for each row; float worlds draw normal logits of standard
-    deviation `spread`. With "position" the row of a state is that of its depth, which needs a tree.
+    Exact worlds draw integer weights from 1..largest for each row; float worlds draw normal logits of
+    standard deviation `spread`. With "position" the row of a state is that of its depth, which needs a tree.
     """
     n_states, n_actions = mdp.n_states, mdp.n_actions
     rows = {"prefix": n_states, "shared": 1, "position": mdp.horizon}[parameters]
@@ -347,13 +364,15 @@ def random_policy(
 
 
 def depths(mdp: TokenMDP) -> np.ndarray:
-    """(S,) step at which each state occurs; raises ValueError unless each state has exactly one (as in a tree)."""
+    """(S,) step at which each state occurs, -1 for never; ValueError if one occurs at several steps."""
     state, _, nxt, _ = mdp.edges
     depth = np.where(mdp.initial > 0, 0, -1)
     for step in range(mdp.horizon):
         reached = np.unique(nxt[depth[state] == step])
         if np.any((depth[reached] >= 0) & (depth[reached] != step + 1)):
-            raise ValueError(f"parameters: 'position' needs a world whose states occur at one step each, {mdp.name} has none")
+            raise ValueError(
+                f"parameters: 'position' needs a world whose states occur at one step each, not {mdp.name}"
+            )
         depth[reached] = step + 1
     return depth
 
@@ -384,13 +403,15 @@ def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.nda
     power: Any = 1 / Fraction(temperature) if behavior.dtype == object else 1.0 / float(temperature)
     if isinstance(power, Fraction):
         if power.denominator != 1:
-            raise ValueError(f"temperature: on exact worlds 1/temperature must be a whole number, got {power}")
+            raise ValueError(
+                f"temperature: on exact worlds 1/temperature must be a whole number, got {power}"
+            )
         power = int(power)
     raised = behavior**power
     return raised / raised.sum(axis=-1, keepdims=True)
 
 
-# --- worlds ---------------------------------------------------------------------------------------------------------
+# --- worlds -------------------------------------------------------------------------------------------------
 
 
 def chain(
@@ -462,15 +483,15 @@ def tree(
     outcome: Callable[[tuple[int, ...]], Any] | None = None,
     exact: bool = True,
 ) -> TokenMDP:
-    """The tree of all token strings up to `horizon`; a state is a prefix, so anything may depend on the history.
+    """The tree of all token strings up to `horizon`: a state is a prefix, so all may depend on the history.
 
     Args:
         n_actions: Size of the vocabulary.
         horizon: Length of the longest string.
         name: What to call it.
         eos: Token that ends the string, if any.
-        tool_after: Given a prefix, the environment's distribution over the next token, or None where the policy
-            writes it.
+        tool_after: Given a prefix, the environment's distribution over the next token, or None where the
+            policy writes it.
         reward: Given a prefix and the token written after it, the token's reward.
         outcome: Given a finished string, its reward.
         exact: Fractions instead of float64.
@@ -569,7 +590,9 @@ def random_tree(
     mdp = tree(
         n_actions,
         horizon,
-        name=f"random tree A={n_actions} H={horizon}" + (" eos" if eos else "") + (" tool" if tool_share else ""),
+        name=f"random tree A={n_actions} H={horizon}"
+        + (" eos" if eos else "")
+        + (" tool" if tool_share else ""),
         eos=0 if eos else None,
         tool_after=lambda prefix: (
             _random_weights(rng, n_actions, exact) if prefix and rng.random() < tool_share else None
@@ -643,7 +666,7 @@ def random_chain(
     step: float = 0.5,
     parameters: Parameters = "prefix",
 ) -> World:
-    """A random Markov world in float64, with random (stochastic) transitions, rewards and an outcome per state."""
+    """A random float64 Markov world: random (stochastic) transitions, rewards and an outcome per state."""
     kind = np.full(n_states, POLICY)
     if end:
         kind[-1] = END
@@ -671,10 +694,10 @@ def random_chain(
 
 
 def sticky_hot(horizon: int, *, exact: bool = False) -> World:
-    """Two states, hot and cold, that b leaves with probability 1/10; in the hot one pi leaves with 1/100 only.
+    """Two states, hot and cold, that b leaves with probability 1/10; pi leaves the hot one with 1/100 only.
 
-    chi2 is 9/100 in the hot state and 0 in the cold one, and b is hot half of the time, so the product of marginal
-    (1 + chi2) grows as 1.045^t, while the true second moment grows with the spectral radius 1.0895.
+    chi2 is 9/100 in the hot state and 0 in the cold one, and b is hot half of the time, so the product of
+    marginal (1 + chi2) grows as 1.045^t, while the true second moment grows with the spectral radius 1.0895.
     """
     stay, leave = Fraction(9, 10), Fraction(1, 10)
     mdp = chain(

@@ -1,12 +1,12 @@
 r"""Monte Carlo on token worlds: vectorised sampling, streaming moments, error bars, and honest refusals.
 
-A run is cut into chunks of trajectories. Chunk k draws from the k-th child of the seed's `SeedSequence`, so the answer
-does not depend on how many processes share the work. Each chunk's per-trajectory statistics are reduced to central
-moments at once, and moments are merged pairwise (Chan, Golub and LeVeque 1979; Pebay 2008), so memory does not grow
-with the number of samples.
+A run is cut into chunks of trajectories. Chunk k draws from the k-th child of the seed's `SeedSequence`, so
+the answer does not depend on how many processes share the work. Each chunk's per-trajectory statistics are
+reduced to central moments at once, and moments are merged pairwise (Chan, Golub and LeVeque 1979; Pebay
+2008), so memory does not grow with the number of samples.
 
-Every result carries the effective sample size and the Pareto k-hat of the full-sequence weight: when they are bad,
-the error bars of anything weighted by it are not to be believed.
+Every result carries the effective sample size and the Pareto k-hat of the full-sequence weight: when they are
+bad, the error bars of anything weighted by it are not to be believed.
 """
 
 from __future__ import annotations
@@ -68,14 +68,16 @@ class Batch:
 class Sampler:
     """Draws trajectories of a world under its behavior policy.
 
-    Token and next state are drawn together, by Walker's alias method over the transitions out of a state: one uniform
-    number and a handful of table look-ups per token, whatever the vocabulary.
+    Token and next state are drawn together, by Walker's alias method over the transitions out of a state: one
+    uniform number and a handful of table look-ups per token, whatever the vocabulary.
     """
 
     def __init__(self, world: World) -> None:
         """Build the tables; `world` must be in float64."""
         if world.exact:
-            raise ValueError("world: Monte Carlo needs float64 probabilities, got Fractions; use world.as_float()")
+            raise ValueError(
+                "world: Monte Carlo needs float64 probabilities, got Fractions; use world.as_float()"
+            )
         self.world = world
         mdp = world.mdp
         state, action, nxt, probability = mdp.edges
@@ -108,7 +110,7 @@ class Sampler:
         self.start_accept, self.start_alias = _alias_tables(mdp.initial[None])
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
-        """n trajectories."""
+        """Sample n trajectories."""
         horizon = self.world.mdp.horizon
         edges, states = np.empty((2, horizon, n), dtype=np.int64)
         logp, behavior_logp = np.empty((2, horizon, n))
@@ -155,7 +157,7 @@ def _alias_tables(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return accept.ravel(), alias.ravel()
 
 
-# --- streaming moments ----------------------------------------------------------------------------------------------
+# --- streaming moments --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,11 @@ class Moments:
         if not fourth:
             return cls(len(values), mean, square.sum(axis=0), None, None)
         return cls(
-            len(values), mean, square.sum(axis=0), (square * centred).sum(axis=0), (square * square).sum(axis=0)
+            len(values),
+            mean,
+            square.sum(axis=0),
+            (square * centred).sum(axis=0),
+            (square * square).sum(axis=0),
         )
 
     def merge(self, other: Moments) -> Moments:
@@ -189,12 +195,7 @@ class Moments:
         m2 = self.m2 + other.m2 + shift**2 * (self.n * b)
         if self.m3 is None or self.m4 is None or other.m3 is None or other.m4 is None:
             return Moments(n, mean, m2, None, None)
-        m3 = (
-            self.m3
-            + other.m3
-            + shift**3 * (self.n * b * (a - b))
-            + 3 * shift * (a * other.m2 - b * self.m2)
-        )
+        m3 = self.m3 + other.m3 + shift**3 * (self.n * b * (a - b)) + 3 * shift * (a * other.m2 - b * self.m2)
         m4 = (
             self.m4
             + other.m4
@@ -215,8 +216,8 @@ class Estimate:
         standard_error: (M,) of the mean.
         variance: (M,) sample variance of each statistic (divisor n - 1).
         variance_error: (M,) standard error of `variance`, or None if fourth moments were not kept.
-        variance_samples: (M,) effective number of samples that carry the variance, (sum q)^2 / sum q^2 for the squared
-            deviations q; None likewise.
+        variance_samples: (M,) effective number of samples that carry the variance, (sum q)^2 / sum q^2 for
+            the squared deviations q; None likewise.
         ess_fraction: Kish effective sample size of the full-sequence weight, as a share of n.
         pareto_k: k-hat of the full-sequence weight.
     """
@@ -271,7 +272,9 @@ def estimate(
         results = (_chunk(sampler, statistic, size, child, fourth) for size, child in tasks)
     else:
         parallel = joblib.Parallel(n_jobs=jobs, backend=backend, return_as="generator")
-        results = parallel(joblib.delayed(_chunk)(sampler, statistic, size, child, fourth) for size, child in tasks)
+        results = parallel(
+            joblib.delayed(_chunk)(sampler, statistic, size, child, fourth) for size, child in tasks
+        )
     total: Moments | None = None
     log_weights: list[np.ndarray] = []
     kept = 0
@@ -311,7 +314,7 @@ def _chunk(
     return Moments.of(statistic(batch), fourth), log_weights
 
 
-# --- tests ----------------------------------------------------------------------------------------------------------
+# --- tests --------------------------------------------------------------------------------------------------
 
 
 def z_threshold(comparisons: int, level: float = FAMILY_LEVEL) -> float:
@@ -343,12 +346,14 @@ class VarianceTest:
     reason: str
 
 
-def variance_test(result: Estimate, expected: np.ndarray, *, least: float = LEAST_EFFECTIVE_SAMPLES) -> VarianceTest:
+def variance_test(
+    result: Estimate, expected: np.ndarray, *, least: float = LEAST_EFFECTIVE_SAMPLES
+) -> VarianceTest:
     """Compare sample variances with expected ones where that means anything.
 
-    The standard error of a sample variance rests on the fourth moment. If a handful of trajectories carry the squared
-    deviations, both the variance and its error bar miss the rare large weights that make up the truth, and the test
-    would "find" a small variance with confidence. Then the comparison is refused.
+    The standard error of a sample variance rests on the fourth moment. If a handful of trajectories carry the
+    squared deviations, both the variance and its error bar miss the rare large weights that make up the
+    truth, and the test would "find" a small variance with confidence. Then the comparison is refused.
     """
     if result.variance_error is None or result.variance_samples is None:
         raise ValueError("result: a variance test needs an estimate made with fourth=True")
@@ -358,13 +363,14 @@ def variance_test(result: Estimate, expected: np.ndarray, *, least: float = LEAS
     reason = ""
     if np.any(refused):
         reason = (
-            f"refused for {int(refused.sum())} of {refused.size}: {result.variance_samples[refused].min():.0f} effective "
-            f"samples carry the variance, {least:.0f} are needed (heavy fourth moment; use the exact engines)"
+            f"refused for {int(refused.sum())} of {refused.size}: "
+            f"{result.variance_samples[refused].min():.0f} effective samples carry the variance, "
+            f"{least:.0f} are needed (heavy fourth moment; use the exact engines)"
         )
     return VarianceTest(np.where(refused, np.nan, z), refused, reason)
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
