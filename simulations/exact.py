@@ -21,14 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import isqrt
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import scipy.sparse
 
 import ctpo
-from simulations.mdp import END, POLICY, TOOL, World, zeros
+from simulations.mdp import END, POLICY, TOOL, World, check_kind, check_name, zeros
 
 #: Above this many trajectories enumeration is refused.
 MAX_TRAJECTORIES = 200_000
@@ -81,7 +80,7 @@ def _compact(matrix: scipy.sparse.csr_array) -> Any:
 
 def _power_coefficients(world: World) -> list[np.ndarray]:
     """Products b * r^p in the policy's states, p = 0, 1, 2: b, pi and pi^2/b on the support of b."""
-    written = np.where(world.mdp.policy_states[:, None], world.behavior, world.behavior * 0)
+    written = np.where(world.mdp.policy_states[:, None], world.behavior, 0)
     return [written, written * world.ratio, written * world.ratio**2]
 
 
@@ -142,19 +141,34 @@ def _next_state_expectation(world: World) -> Callable[[np.ndarray], np.ndarray]:
     return expect
 
 
-def advantage_table(world: World, kind: AdvantageKind) -> np.ndarray:
-    """(H, S, A) table of the named advantage; "one" is all ones (for outcome rewards)."""
-    shape = (world.mdp.horizon, world.mdp.n_states, world.mdp.n_actions)
-    if kind == "one":
-        return np.broadcast_to(zeros((), world.exact) + 1, shape)
-    try:
-        letter, who = kind.split("_")
-        table = values(world, who)  # type: ignore[arg-type]
-        return {"A": table.advantage, "Q": table.q}[letter]
-    except (KeyError, ValueError, AttributeError) as error:
+def advantage_table(world: World, advantage: AdvantageKind | np.ndarray) -> np.ndarray:
+    """(H, S, A) table of an advantage, by name or from an (H, S, A) or (S, A) array; 0 outside POLICY states.
+
+    "one" is 1 for every token, for outcome rewards.
+    """
+    horizon, n_states, n_actions = world.mdp.horizon, world.mdp.n_states, world.mdp.n_actions
+    if isinstance(advantage, np.ndarray):
+        if advantage.shape not in ((horizon, n_states, n_actions), (n_states, n_actions)):
+            raise ValueError(
+                f"advantage: shape must be {(horizon, n_states, n_actions)} (horizon, states, actions) or "
+                f"{(n_states, n_actions)}, got {advantage.shape}"
+            )
+        check_kind("advantage", advantage, world.exact)
+        table = advantage
+    else:
+        check_name("advantage", advantage, get_args(AdvantageKind))
+        if advantage == "one":
+            table = zeros((n_states, n_actions), world.exact) + 1
+        else:
+            letter, who = advantage.split("_")
+            found = values(world, who)  # type: ignore[arg-type]
+            table = found.advantage if letter == "A" else found.q
+    table = np.where(world.mdp.policy_states[:, None], table, 0)
+    if not world.exact and not np.all(np.isfinite(table)):
         raise ValueError(
-            f"kind: must be one of 'A_target', 'A_behavior', 'Q_target', 'Q_behavior', 'one', got {kind!r}"
-        ) from error
+            f"advantage: must be finite where the policy writes, got {table[~np.isfinite(table)][0]}"
+        )
+    return np.broadcast_to(table, (horizon, n_states, n_actions))
 
 
 def objective(world: World, who: Who = "target") -> Any:
@@ -227,9 +241,9 @@ def ratio_moments(world: World) -> RatioMoments:
     """Moments of rho_t and log rho_t for every t by a forward pass over states: O(H), no Monte Carlo noise.
 
     Returns:
-        `RatioMoments` with arrays of length H + 1 (t = 0..H) and chi2 arrays of length H. Where the target
-        never writes a token that the behavior policy writes, log rho has no finite moments and `mean_log`,
-        `var_log` are NaN.
+        `RatioMoments` with arrays of length H + 1 (t = 0..H) and chi2 arrays of length H. Once the behavior
+        policy can have written a token that the target never writes, log rho has no finite moments: there
+        `mean_log` and `var_log` are NaN.
     """
     mdp, exact = world.mdp, world.exact
     horizon = mdp.horizon
@@ -247,7 +261,7 @@ def ratio_moments(world: World) -> RatioMoments:
         sampled = (everywhere > 0) & mdp.policy_states[:, None]
         with np.errstate(divide="ignore"):
             log_ratio = np.where(sampled, np.log(np.where(sampled, world.ratio, 1.0)), 0.0)
-        finite = bool(np.all(np.isfinite(log_ratio)))
+        infinite = np.any(~np.isfinite(log_ratio), axis=1)
         log_ratio = np.where(np.isfinite(log_ratio), log_ratio, 0.0)
         log_first = _operator(world, everywhere * log_ratio).T
         log_second = _operator(world, everywhere * log_ratio**2).T
@@ -255,8 +269,11 @@ def ratio_moments(world: World) -> RatioMoments:
     scale = 0.0
     for t in range(1, horizon + 1):
         marginal[t - 1] = (mass * chi2).sum()
-        tilted[t - 1] = (square * chi2).sum() / square.sum()
+        total = square.sum()
+        tilted[t - 1] = (square * chi2).sum() / total if total != 0 else total
         if not exact:
+            if np.any(mass[infinite] > 0):
+                mean_log[t:], var_log[t:] = np.nan, np.nan
             # Moments of log rho - E log rho, kept centred so that a long drift costs no digits.
             gain = log_first @ mass
             moved1 = plain @ centred1 + gain
@@ -269,16 +286,16 @@ def ratio_moments(world: World) -> RatioMoments:
             continue
         centred1 = moved1 - increment * mass
         centred2 = moved2 - 2.0 * increment * moved1 + increment**2 * mass
-        mean_log[t] = mean_log[t - 1] + increment
-        var_log[t] = centred2.sum()
+        if not np.isnan(var_log[t]):
+            mean_log[t] = mean_log[t - 1] + increment
+            var_log[t] = centred2.sum()
         total = square.sum()
-        scale += np.log(total)
-        square = square / total
-        log_squares[t] = scale
+        if total > 0:
+            scale += np.log(total)
+            square = square / total
+        log_squares[t] = scale if total > 0 else -np.inf
     if exact:
         return RatioMoments(means, squares, None, marginal, tilted, None, None)
-    if not finite:
-        mean_log[:], var_log[:] = np.nan, np.nan
     with np.errstate(over="ignore"):
         squares = np.exp(log_squares)
     return RatioMoments(means, squares, log_squares, marginal, tilted, mean_log, var_log)
@@ -292,7 +309,7 @@ class _Phases:
     """A weight level as an automaton over policy tokens; each move carries r to the given power (0 or 1).
 
     `carry`: moves between phases before the term is emitted. `emit`: moves that emit it. `after`: the one
-    move of each later phase. All phases before emission listed in `starts` may begin a stream.
+    move of each later phase. A stream may begin in any phase before emission.
     """
 
     n_before: int
@@ -301,11 +318,14 @@ class _Phases:
     after: tuple[tuple[int, int], ...]
 
 
-def _phases(level: str, window: int | None) -> _Phases:
+def _phases(level: str, window: int | None, horizon: int) -> _Phases:
     if level in ("window", "lookahead"):
         least = 1 if level == "window" else 0
-        if not isinstance(window, int) or window < least:
+        if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < least:
             raise ValueError(f"window: level {level!r} needs a whole number >= {least}, got {window!r}")
+        # A window that no stream outgrows needs no counting.
+        if window >= horizon - 1 + least:
+            level = "cumulative" if level == "window" else "sequence"
     elif window is not None:
         raise ValueError(
             f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}"
@@ -326,7 +346,7 @@ def _phases(level: str, window: int | None) -> _Phases:
     if level == "window" and window is not None:
         # Phase 0 waits; phase c has c tokens of the window left. A stream may begin in a window cut short.
         if window == 1:
-            return _phases("token", None)
+            return _phases("token", None, horizon)
         carry = ((0, 0, 0), (0, window - 1, 1), *((c, c - 1, 1) for c in range(2, window)))
         return _Phases(window, carry, ((1, 0, 1),), ((0, 0),))
     raise ValueError(
@@ -344,6 +364,7 @@ class GradientMoments:
     covariance: np.ndarray | None = None
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an overflow is refused at the end
 def gradient_moments(
     world: World,
     level: str,
@@ -366,19 +387,13 @@ def gradient_moments(
         covariance: Also give the (D, D) covariance; its cost grows with D^2.
 
     Raises:
-        ValueError: Unknown level, a window missing or out of place, or a second moment too large for float64.
+        ValueError: Unknown level or advantage, an advantage of the wrong shape or not finite where the policy
+            writes, a window missing or out of place, or a second moment too large for float64.
     """
-    phases = _phases(level, window)
+    phases = _phases(level, window, world.mdp.horizon)
     mdp, exact = world.mdp, world.exact
     horizon, n_states, n_blocks = mdp.horizon, mdp.n_states, world.n_blocks
-    table = advantage_table(world, advantage) if isinstance(advantage, str) else np.asarray(advantage)
-    if table.ndim == 2:
-        table = np.broadcast_to(table, (horizon, *table.shape))
-    if table.shape != (horizon, n_states, mdp.n_actions):
-        raise ValueError(
-            f"advantage: shape must be {(horizon, n_states, mdp.n_actions)} (horizon, states, actions), "
-            f"got {table.shape}"
-        )
+    table = advantage_table(world, advantage)
     local = world.local_scores
     d = local.shape[2]
     norms = (local**2).sum(axis=2)
@@ -386,17 +401,15 @@ def gradient_moments(
     move = [_operator(world, c) for c in coefficient]
     rest = None
     if not np.all(mdp.policy_states):
-        tool = np.where((mdp.kind == TOOL)[:, None], mdp.tool, mdp.tool * 0)
+        tool = np.where((mdp.kind == TOOL)[:, None], mdp.tool, 0)
         rest = _operator(world, tool, keep_end=True)
     expect = _next_state_expectation(world)
     expect_block = _next_block_expectation(world, d)
     edge_state, edge_action, edge_next, edge_probability = mdp.edges
 
-    def stay(vector: np.ndarray, transpose: bool = False) -> np.ndarray | int:
+    def stay(vector: np.ndarray) -> np.ndarray | int:
         """What non-policy states pass on: no phase moves there."""
-        if rest is None:
-            return 0
-        return _apply(rest.T if transpose else rest, vector)
+        return 0 if rest is None else _apply(rest, vector)
 
     alone, pairs = _forward_pass(world, phases, move, rest)
     n_after = len(phases.after)
@@ -491,7 +504,7 @@ def _next_block_expectation(world: World, d: int) -> Callable[[np.ndarray, np.nd
         return lambda value, block: value[target, block[:, None]]
     if not world.exact and len(state) * 4 >= n_states * n_states * n_actions:
         dense = np.zeros((n_states, n_actions, n_states))
-        dense[state, action, nxt] = probability
+        np.add.at(dense, (state, action, nxt), probability)
         return lambda value, block: np.matmul(dense, value[:, block].transpose(1, 0, 2))
 
     def expect(value: np.ndarray, block: np.ndarray) -> np.ndarray:
@@ -606,7 +619,7 @@ class Trajectories:
 
     def advantage(self, kind: AdvantageKind | np.ndarray) -> np.ndarray:
         """(N, H) advantage of each token, 0 where masked."""
-        table = advantage_table(self.world, kind) if isinstance(kind, str) else kind
+        table = advantage_table(self.world, kind)
         steps = np.arange(self.states.shape[1])
         return np.where(self.mask, table[steps, self.states, self.actions], 0)
 
@@ -744,11 +757,12 @@ def exact_root(value: Any, degree: int) -> Any:
 
 
 def _integer_root(value: int, degree: int) -> int:
-    root = isqrt(value) if degree == 2 else round(value ** (1.0 / degree))
-    for candidate in (root - 1, root, root + 1):
-        if candidate >= 0 and candidate**degree == value:
-            return candidate
-    raise ValueError(f"value: {value} has no rational root of degree {degree}")
+    root = 1 << -(-value.bit_length() // degree)  # above the root, from where Newton's steps in integers fall
+    while (lower := ((degree - 1) * root + value // root ** (degree - 1)) // degree) < root:
+        root = lower
+    if root**degree != value:
+        raise ValueError(f"value: {value} has no whole root of degree {degree}")
+    return root
 
 
 @dataclass(frozen=True)
@@ -778,9 +792,12 @@ def estimator_moments(
 ) -> EstimatorMoments:
     """Bias, variance and clip rate of an estimator of `ctpo`, by its own coefficients on every trajectory.
 
-    The weights are computed by the very code that a trainer runs, from log-probabilities.
+    The weights are computed by the very code that a trainer runs, from log-probabilities. `trajectories`
+    saves enumerating a float64 world again.
     """
     world = world.as_float() if world.exact else world
+    if trajectories is not None and trajectories.world is not world:
+        raise ValueError("trajectories: must be those of this very world, in float64")
     paths = trajectories if trajectories is not None else enumerate_trajectories(world)
     logp, behavior_logp = paths.log_probabilities()
     advantages = paths.advantage(advantage)

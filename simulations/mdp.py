@@ -38,6 +38,8 @@ Parameters = Literal["prefix", "position", "shared"]
 
 #: How far a float64 distribution may be from summing to 1.
 SUM_TOLERANCE = 1e-9
+#: Above this many prefixes a tree is refused.
+MAX_PREFIXES = 300_000
 
 
 def as_numbers(values: Any, exact: bool) -> np.ndarray:
@@ -45,10 +47,17 @@ def as_numbers(values: Any, exact: bool) -> np.ndarray:
     if not exact:
         return np.asarray(values, dtype=np.float64)
     array = np.asarray(values, dtype=object)
-    flat = [v if isinstance(v, Fraction) else Fraction(v) for v in array.ravel()]
     result = np.empty(array.size, dtype=object)
-    result[:] = flat
+    result[:] = [_fraction(v) for v in array.ravel()]
     return result.reshape(array.shape)
+
+
+def _fraction(value: Any) -> Fraction:
+    number = value if isinstance(value, Fraction) else Fraction(value)
+    if type(number.numerator) is int and type(number.denominator) is int:
+        return number
+    # Fraction keeps NumPy integers as they come, and their products overflow in silence.
+    return Fraction(int(number.numerator), int(number.denominator))
 
 
 def zeros(shape: int | tuple[int, ...], exact: bool) -> np.ndarray:
@@ -58,22 +67,42 @@ def zeros(shape: int | tuple[int, ...], exact: bool) -> np.ndarray:
     return np.full(shape, Fraction(0), dtype=object)
 
 
-def check_distribution(name: str, probabilities: np.ndarray, rows: np.ndarray | slice = slice(None)) -> None:
-    """Raise ValueError unless the named rows are probability distributions over the last axis."""
+def check_kind(name: str, array: np.ndarray, exact: bool) -> None:
+    """Raise ValueError unless an array holds Fractions (exact) or floating-point numbers."""
+    if not exact:
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name}: numbers must be float64 as the world's others are, got {array.dtype}")
+    elif array.dtype != object or not all(type(getattr(v, "numerator", None)) is int for v in array.ravel()):
+        raise ValueError(
+            f"{name}: numbers must be Fractions as the world's others are (use as_numbers), got an array of "
+            f"{array.dtype if array.dtype != object else {type(v).__name__ for v in array.ravel()}}"
+        )
+
+
+def check_distribution(name: str, probabilities: np.ndarray, rows: np.ndarray) -> None:
+    """Raise ValueError unless the chosen rows of a table are probability distributions."""
     exact = probabilities.dtype == object
-    rows_of = probabilities[rows]
-    if not exact and not np.all(np.isfinite(rows_of)):
-        raise ValueError(f"{name}: probabilities must be finite, got {rows_of[~np.isfinite(rows_of)][0]}")
-    if rows_of.size and rows_of.min() < 0:
-        raise ValueError(f"{name}: probabilities must be >= 0, got {rows_of.min()}")
-    totals = rows_of.sum(axis=-1)
+    index = np.flatnonzero(rows)
+    chosen = probabilities[index]
+    if not exact and not np.all(np.isfinite(chosen)):
+        row = index[~np.isfinite(chosen).all(axis=1)][0]
+        raise ValueError(f"{name}: probabilities must be finite, got {probabilities[row]} in row {row}")
+    if chosen.size and chosen.min() < 0:
+        row = index[(chosen < 0).any(axis=1)][0]
+        raise ValueError(f"{name}: probabilities must be >= 0, got {probabilities[row].min()} in row {row}")
+    totals = chosen.sum(axis=1)
     wrong = totals != 1 if exact else np.abs(totals - 1.0) > SUM_TOLERANCE
     if np.any(wrong):
-        index = tuple(int(i) for i in np.argwhere(np.atleast_1d(wrong))[0])
         raise ValueError(
             f"{name}: probabilities must sum to 1 (within {0 if exact else SUM_TOLERANCE}), "
-            f"row {index} sums to {np.atleast_1d(totals)[index]}"
+            f"row {index[wrong][0]} sums to {totals[wrong][0]}"
         )
+
+
+def check_name(argument: str, name: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless a name is one of the allowed ones."""
+    if not isinstance(name, str) or name not in allowed:
+        raise ValueError(f"{argument}: must be one of {allowed}, got {name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,25 +137,41 @@ class TokenMDP:
 
     def __post_init__(self) -> None:
         """Check shapes and probabilities."""
+        if self.reward.ndim != 2:
+            raise ValueError(f"reward: shape must be (states, actions), got {self.reward.shape}")
         n_states, n_actions = self.n_states, self.n_actions
         if not isinstance(self.horizon, int) or isinstance(self.horizon, bool) or self.horizon < 1:
             raise ValueError(f"horizon: must be a whole number >= 1, got {self.horizon!r}")
         for name, array, shape in (
             ("initial", self.initial, (n_states,)),
+            ("reward", self.reward, (n_states, n_actions)),
             ("outcome", self.outcome, (n_states,)),
             ("tool", self.tool, (n_states, n_actions)),
+            *(("edges", array, self.edges[0].shape) for array in self.edges),
         ):
             if array.shape != shape:
                 raise ValueError(f"{name}: shape must be {shape}, got {array.shape}")
+        for name, array in (
+            ("initial", self.initial),
+            ("reward", self.reward),
+            ("outcome", self.outcome),
+            ("tool", self.tool),
+            ("edges", self.edges[3]),
+        ):
+            check_kind(name, array, self.exact)
         if len(self.labels) != n_states:
             raise ValueError(f"labels: {n_states} are needed, one per state, got {len(self.labels)}")
         if not np.isin(self.kind, (POLICY, TOOL, END)).all():
             raise ValueError(f"kind: must be POLICY (0), TOOL (1) or END (2), got {np.unique(self.kind)}")
         if not self.exact:
-            for name, array in (("reward", self.reward), ("outcome", self.outcome)):
+            for name, array in (
+                ("reward", self.reward),
+                ("outcome", self.outcome),
+                ("edges", self.edges[3]),
+            ):
                 if not np.all(np.isfinite(array)):
                     raise ValueError(f"{name}: must be finite, got {array[~np.isfinite(array)][0]}")
-        check_distribution("initial", self.initial[None])
+        check_distribution("initial", self.initial[None], np.array([True]))
         check_distribution("tool", self.tool, self.kind == TOOL)
         state, action, nxt, probability = self.edges
         for name, array, bound in (
@@ -203,15 +248,13 @@ class World:
         for name, policy in (("behavior", self.behavior), ("target", self.target)):
             if policy.shape != shape:
                 raise ValueError(f"{name}: shape must be {shape} (states, actions), got {policy.shape}")
-            if (policy.dtype == object) != self.exact:
-                raise ValueError(
-                    f"{name}: must be of the world's number kind, Fractions or float64, not a mix"
-                )
+            check_kind(name, policy, self.exact)
             check_distribution(name, policy, self.mdp.policy_states)
-        if self.parameters not in get_args(Parameters):
-            raise ValueError(f"parameters: must be one of {get_args(Parameters)}, got {self.parameters!r}")
-        if self.scores is not None and self.scores.shape[:2] != shape:
-            raise ValueError(f"scores: shape must start with {shape}, got {self.scores.shape}")
+        check_name("parameters", self.parameters, get_args(Parameters))
+        if self.scores is not None:
+            if self.scores.ndim != 3 or self.scores.shape[:2] != shape:
+                raise ValueError(f"scores: shape must be {(*shape, 'D')}, got {self.scores.shape}")
+            check_kind("scores", self.scores, self.exact)
         if self.require_support and (prefix := self.unsupported_prefix()) is not None:
             raise ValueError(
                 f"target: puts mass where the behavior policy has none: {prefix}. Importance ratios cannot "
@@ -299,6 +342,8 @@ class World:
                     paths[int(nxt[e])] = (*paths[int(state[e])], int(action[e]))
                     new.append(int(nxt[e]))
             frontier = new
+            if not frontier:
+                break
         return None
 
     def with_parameters(self, parameters: Parameters) -> World:
@@ -349,6 +394,7 @@ def random_policy(
     Exact worlds draw integer weights from 1..largest for each row; float worlds draw normal logits of
     standard deviation `spread`. With "position" the row of a state is that of its depth, which needs a tree.
     """
+    check_name("parameters", parameters, get_args(Parameters))
     n_states, n_actions = mdp.n_states, mdp.n_actions
     rows = {"prefix": n_states, "shared": 1, "position": mdp.horizon}[parameters]
     if mdp.exact:
@@ -370,8 +416,10 @@ def depths(mdp: TokenMDP) -> np.ndarray:
     for step in range(mdp.horizon):
         reached = np.unique(nxt[depth[state] == step])
         if np.any((depth[reached] >= 0) & (depth[reached] != step + 1)):
+            again = reached[(depth[reached] >= 0) & (depth[reached] != step + 1)][0]
             raise ValueError(
-                f"parameters: 'position' needs a world whose states occur at one step each, not {mdp.name}"
+                f"mdp: each state must occur at one step only, as in a tree; in {mdp.name!r} state "
+                f"{mdp.labels[again]!r} occurs at steps {depth[again]} and {step + 1}"
             )
         depth[reached] = step + 1
     return depth
@@ -395,11 +443,13 @@ def step_policy(behavior: np.ndarray, direction: np.ndarray, size: float) -> np.
 def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.ndarray:
     """The policy proportional to b^(1/temperature); exact worlds need 1/temperature to be a whole number.
 
+    Rows of zeros, where no policy writes, stay as they are.
+
     >>> temper_policy(np.array([[0.25, 0.75]]), 0.5).round(3)
     array([[0.1, 0.9]])
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: must be > 0, got {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: must be > 0 and finite, got {temperature}")
     power: Any = 1 / Fraction(temperature) if behavior.dtype == object else 1.0 / float(temperature)
     if isinstance(power, Fraction):
         if power.denominator != 1:
@@ -407,8 +457,11 @@ def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.nda
                 f"temperature: on exact worlds 1/temperature must be a whole number, got {power}"
             )
         power = int(power)
-    raised = behavior**power
-    return raised / raised.sum(axis=-1, keepdims=True)
+    # Relative to the likeliest token, whose power neither overflows nor vanishes.
+    peak = behavior.max(axis=-1, keepdims=True)
+    raised = (behavior / np.where(peak > 0, peak, 1)) ** power
+    total = raised.sum(axis=-1, keepdims=True)
+    return raised / np.where(total > 0, total, 1)
 
 
 # --- worlds -------------------------------------------------------------------------------------------------
@@ -442,34 +495,40 @@ def chain(
         exact: Fractions instead of float64.
     """
     table = np.asarray(next_state)
+    if not (table.ndim == 2 or (table.ndim == 3 and table.shape[2] == table.shape[0])):
+        raise ValueError(f"next_state: shape must be (S, A) or (S, A, S), got {table.shape}")
     n_states, n_actions = table.shape[:2]
-    kinds = np.broadcast_to(np.asarray(kind), (n_states,)).copy()
+    kinds = _filled("kind", np.asarray(kind), (n_states,))
     live = kinds != END
     if table.ndim == 2:
         state, action = np.nonzero(np.broadcast_to(live[:, None], table.shape))
         nxt = table[state, action].astype(np.int64)
         probability = as_numbers(np.ones(len(state), dtype=int), exact)
-    elif table.ndim == 3 and table.shape[2] == n_states:
+    else:
         state, action, nxt = np.nonzero((table != 0) & live[:, None, None])
         probability = as_numbers(table[state, action, nxt], exact)
-    else:
-        raise ValueError(f"next_state: shape must be (S, A) or (S, A, S), got {table.shape}")
-    first = as_numbers(np.eye(n_states, dtype=int)[initial] if np.ndim(initial) == 0 else initial, exact)
+    if np.ndim(initial) == 0:
+        if initial not in range(n_states):
+            raise ValueError(f"initial: a first state must be in [0, {n_states}), got {initial!r}")
+        initial = np.eye(n_states, dtype=int)[initial]
     return TokenMDP(
         name=name,
         horizon=horizon,
         kind=kinds,
-        initial=first,
+        initial=as_numbers(initial, exact),
         edges=(state, action, nxt, probability),
-        reward=_filled(reward, (n_states, n_actions), exact),
-        outcome=_filled(outcome, (n_states,), exact),
-        tool=_filled(tool, (n_states, n_actions), exact),
+        reward=_filled("reward", as_numbers(reward, exact), (n_states, n_actions)),
+        outcome=_filled("outcome", as_numbers(outcome, exact), (n_states,)),
+        tool=_filled("tool", as_numbers(tool, exact), (n_states, n_actions)),
         labels=tuple(labels) if labels is not None else tuple(str(s) for s in range(n_states)),
     )
 
 
-def _filled(values: Any, shape: tuple[int, ...], exact: bool) -> np.ndarray:
-    return np.broadcast_to(as_numbers(values, exact), shape).copy()
+def _filled(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.broadcast_to(values, shape).copy()
+    except ValueError:
+        raise ValueError(f"{name}: shape must broadcast to {shape}, got {values.shape}") from None
 
 
 def tree(
@@ -501,8 +560,20 @@ def tree(
         >>> world.n_states, world.labels[:3]
         (7, ('()', '(0,)', '(1,)'))
     """
-    if n_actions < 1 or horizon < 1:
-        raise ValueError(f"n_actions, horizon: must be >= 1, got {n_actions}, {horizon}")
+    for argument, value in (("n_actions", n_actions), ("horizon", horizon)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{argument}: must be a whole number >= 1, got {value!r}")
+    if eos is not None and eos not in range(n_actions):
+        raise ValueError(f"eos: must be a token in [0, {n_actions}) or None, got {eos!r}")
+    count = unfinished = 1
+    for _ in range(horizon):
+        count += unfinished * n_actions
+        unfinished *= n_actions - (eos is not None)
+        if count > MAX_PREFIXES:
+            raise ValueError(
+                f"horizon: {horizon} tokens from a vocabulary of {n_actions} make more than {MAX_PREFIXES} "
+                "prefixes, too many for a tree; write the world as a chain"
+            )
     prefixes: list[tuple[int, ...]] = [()]
     edges: list[tuple[int, int, int]] = []
     for s, prefix in enumerate(prefixes):  # the list grows while it is read: breadth first
@@ -583,6 +654,10 @@ def random_tree(
         same_share: Probability that target and behavior agree in a state (only for "prefix").
         exact: Fractions instead of float64.
     """
+    check_name("rewards", rewards, ("dense", "outcome", "both"))
+    check_name("parameters", parameters, get_args(Parameters))
+    if same_share and parameters != "prefix":
+        raise ValueError(f"same_share: must be 0 unless parameters='prefix', got {same_share}")
 
     def integer(low: int, high: int) -> int:
         return int(rng.integers(low, high + 1))
@@ -604,8 +679,6 @@ def random_tree(
     behavior = random_policy(mdp, rng, parameters=parameters)
     target = random_policy(mdp, rng, parameters=parameters)
     if same_share:
-        if parameters != "prefix":
-            raise ValueError(f"same_share: only for parameters='prefix', got {parameters!r}")
         target[rng.random(mdp.n_states) < same_share] = 0
         same = target.sum(axis=1) == 0
         target[same] = behavior[same]
@@ -630,6 +703,9 @@ def bigram(
 
     Rewards are normal per token, or an outcome of 0 or 1 carried by the last token.
     """
+    check_name("rewards", rewards, ("dense", "outcome"))
+    if n_tokens < 1 + eos:
+        raise ValueError(f"n_tokens: must be at least {1 + eos}{' with eos' if eos else ''}, got {n_tokens}")
     next_state = np.broadcast_to(np.arange(n_tokens), (n_tokens, n_tokens))
     kind = np.full(n_tokens, POLICY)
     if eos:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import joblib
 import numpy as np
@@ -23,7 +23,7 @@ import scipy.stats
 import ctpo
 import ctpo.diagnostics
 from simulations.exact import AdvantageKind, advantage_table
-from simulations.mdp import END, World
+from simulations.mdp import END, World, check_name
 
 #: Tokens in one chunk: large enough to amortize Python, small enough to stay in cache.
 CHUNK_TOKENS = 500_000
@@ -105,8 +105,8 @@ class Sampler:
         policy = np.repeat(mdp.policy_states, width)
         by_state = np.repeat(np.arange(mdp.n_states), width)
         with np.errstate(divide="ignore"):
-            self.logp = np.where(policy, np.log(world.target[by_state, self.action]), 0.0)
-            self.behavior_logp = np.where(policy, np.log(world.behavior[by_state, self.action]), 0.0)
+            self.logp = np.log(np.where(policy, world.target[by_state, self.action], 1.0))
+            self.behavior_logp = np.log(np.where(policy, world.behavior[by_state, self.action], 1.0))
         self.start_accept, self.start_alias = _alias_tables(mdp.initial[None])
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
@@ -266,6 +266,8 @@ def estimate(
     size = max(2, min(n, chunk_tokens // world.mdp.horizon))
     sizes = [size] * (n // size) + ([n % size] if n % size else [])
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    # A copy: `spawn` counts its children, and a second run from the same seed must draw the same.
+    root = np.random.SeedSequence(root.entropy, spawn_key=root.spawn_key, pool_size=root.pool_size)
     tasks = zip(sizes, root.spawn(len(sizes)), strict=True)
     results: Iterable[Any]
     if jobs == 1:
@@ -331,10 +333,14 @@ def z_scores(result: Estimate, expected: np.ndarray) -> np.ndarray:
 
     A statistic without any spread must meet its expectation to rounding: its score is 0 or inf.
     """
-    gap = np.abs(result.mean - expected)
+    return _scores(result.mean, expected, result.standard_error)
+
+
+def _scores(estimated: np.ndarray, expected: np.ndarray, error: np.ndarray) -> np.ndarray:
+    gap = np.abs(estimated - expected)
     exact = gap <= 1e-9 * (1.0 + np.abs(expected))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(exact & (result.standard_error < 1e-9), 0.0, gap / result.standard_error)
+        return np.where(exact & (error < 1e-9), 0.0, gap / error)
 
 
 @dataclass(frozen=True)
@@ -358,8 +364,7 @@ def variance_test(
     if result.variance_error is None or result.variance_samples is None:
         raise ValueError("result: a variance test needs an estimate made with fourth=True")
     refused = result.variance_samples < least
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.abs(result.variance - expected) / result.variance_error
+    z = _scores(result.variance, expected, result.variance_error)
     reason = ""
     if np.any(refused):
         reason = (
@@ -377,7 +382,11 @@ def variance_test(
 class RatioByPosition:
     """Statistic: rho_t and log rho_t after every token of the stream, (n, 2H)."""
 
-    level: ctpo.ratios.Level = "cumulative"
+    level: Literal["token", "cumulative", "sequence"] = "cumulative"
+
+    def __post_init__(self) -> None:
+        """Refuse levels that would count the tokens that the policy did not write."""
+        check_name("level", self.level, ("token", "cumulative", "sequence"))
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """(n, 2H): the ratio, then its logarithm."""
@@ -401,11 +410,15 @@ class SummedGradient:
     advantage: AdvantageKind = "A_target"
     outcome: bool = False
 
+    @cached_property
+    def table(self) -> np.ndarray:
+        """(H, S, A) advantages."""
+        return advantage_table(self.world, self.advantage)
+
     def advantages(self, batch: Batch) -> np.ndarray:
         """(n, H) advantage of each policy token."""
-        table = advantage_table(self.world, self.advantage)
         steps = np.arange(batch.states.shape[1])
-        advantages = np.where(batch.mask, table[steps, batch.states, batch.actions], 0.0)
+        advantages = np.where(batch.mask, self.table[steps, batch.states, batch.actions], 0.0)
         if self.outcome:
             advantages = advantages * self.world.mdp.outcome[batch.final_state][:, None]
         return advantages
