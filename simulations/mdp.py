@@ -464,6 +464,38 @@ def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.nda
     return raised / np.where(total > 0, total, 1)
 
 
+def truncate_policy(
+    behavior: np.ndarray, *, top_k: int | None = None, top_p: float | Fraction | None = None
+) -> np.ndarray:
+    """A policy cut to its likeliest tokens and renormalized, as samplers of language models do.
+
+    Args:
+        behavior: (S, A) probabilities; rows of zeros, where no policy writes, stay as they are.
+        top_k: Keep this many tokens, ties in the order of the vocabulary.
+        top_p: Keep the fewest tokens that hold at least this mass (of what top_k has left), in (0, 1].
+
+    >>> truncate_policy(np.array([[0.125, 0.5, 0.375]]), top_p=0.75).round(3)
+    array([[0.   , 0.571, 0.429]])
+    """
+    if top_k is None and top_p is None:
+        raise ValueError("top_k, top_p: give at least one, got none")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"top_k: must be a whole number >= 1, got {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: must be in (0, 1], got {top_p!r}")
+    order = np.argsort(-behavior, axis=-1, kind="stable")
+    kept = np.take_along_axis(behavior, order, axis=-1)
+    if top_k is not None:
+        kept[:, top_k:] *= 0
+    if top_p is not None and top_p < 1:
+        mass = kept.cumsum(axis=-1)
+        kept[:, 1:][mass[:, :-1] >= top_p * mass[:, -1:]] *= 0  # the likelier tokens suffice
+    result = np.empty_like(kept)
+    np.put_along_axis(result, order, kept, axis=-1)
+    total = result.sum(axis=-1, keepdims=True)
+    return result / np.where(total > 0, total, 1)
+
+
 # --- worlds -------------------------------------------------------------------------------------------------
 
 
@@ -770,22 +802,22 @@ def random_chain(
 
 
 def sticky_hot(horizon: int, *, exact: bool = False) -> World:
-    """Two states, hot and cold, that b leaves with probability 1/10; pi leaves the hot one with 1/100 only.
+    """A neutral first token picks a hot or a cold state; b leaves either with 1/10, pi leaves the hot one with 1/100.
 
-    chi2 is 9/100 in the hot state and 0 in the cold one, and b is hot half of the time, so the product of
-    marginal (1 + chi2) grows as 1.045^t, while the true second moment grows with the spectral radius 1.0895.
+    chi2 is 9/100 in the hot state and 0 in the cold one, and b is hot half of the time, so the product of marginal
+    (1 + chi2) grows as 1.045^t, while the true second moment grows with the spectral radius 1.0895.
     """
-    stay, leave = Fraction(9, 10), Fraction(1, 10)
+    half, stay, leave = Fraction(1, 2), Fraction(9, 10), Fraction(1, 10)
     mdp = chain(
         f"sticky hot state H={horizon}",
-        np.array([[0, 1], [1, 0]]),
+        np.array([[1, 2], [1, 2], [2, 1]]),
         horizon=horizon,
-        initial=[Fraction(1, 2), Fraction(1, 2)],
-        labels=("hot", "cold"),
+        initial=0,
+        labels=("start", "hot", "cold"),
         exact=exact,
     )
-    behavior = as_numbers([[stay, leave], [stay, leave]], exact)
-    target = as_numbers([[Fraction(99, 100), Fraction(1, 100)], [stay, leave]], exact)
+    behavior = as_numbers([[half, half], [stay, leave], [stay, leave]], exact)
+    target = as_numbers([[half, half], [Fraction(99, 100), Fraction(1, 100)], [stay, leave]], exact)
     return World(mdp, behavior, target)
 
 

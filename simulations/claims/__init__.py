@@ -1,0 +1,14 @@
+"""The claims about importance ratios, each with its check, its verdict and a control that must fail."""
+
+from __future__ import annotations
+
+from simulations.claims import effective_sample_size, gradient_bias, martingale, product_formula
+from simulations.claims.registry import Claim, Context, Evidence, Outcome, verify
+
+CLAIMS: dict[str, Claim] = {
+    claim.id: claim
+    for module in (martingale, product_formula, gradient_bias, effective_sample_size)
+    for claim in module.CLAIMS
+}
+
+__all__ = ["CLAIMS", "Claim", "Context", "Evidence", "Outcome", "verify"]

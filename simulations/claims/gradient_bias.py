@@ -1,0 +1,485 @@
+"""Claim 3 and the paper's Table 1: which ratio makes the policy gradient unbiased, and at what variance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+import ctpo
+from simulations import toy_lm
+from simulations.claims.martingale import cumulative, reached_under_behavior, reached_under_target
+from simulations.claims.registry import Claim, Context, Evidence
+from simulations.claims.worlds import HALF, listed, random_trees, two_step
+from simulations.exact import (
+    EstimatorMoments,
+    Trajectories,
+    advantage_table,
+    enumerate_trajectories,
+    estimator_moments,
+    gradient_moments,
+    policy_gradient,
+    rational_weights,
+)
+from simulations.mdp import (
+    World,
+    as_numbers,
+    bigram,
+    independent_tokens,
+    policy_table,
+    random_tree,
+    tree,
+    zeros,
+)
+from simulations.monte_carlo import SummedGradient, estimate, z_scores, z_threshold
+
+SHARINGS = ("prefix", "position", "shared")
+
+# --- 3.prop1 --------------------------------------------------------------------------------------------------------
+
+
+def check_prop1(context: Context, level: str) -> Iterator[Evidence]:
+    """E_b[rho_t g_t A_t] = E_pi[g_t A_t] for any prefix-measurable A; with A^pi or Q^pi the sum is grad J."""
+    rng = context.rng("prop1")
+    worlds = terms = good = 0
+    for world in random_trees(context, "prop1", 200, parameters=SHARINGS):
+        worlds += 1
+        paths = enumerate_trajectories(world)
+        weight = rational_weights(paths, level)
+        anything = as_numbers(rng.integers(-4, 5, size=(world.mdp.horizon, *world.behavior.shape)), True)
+        value = paths.advantage(anything)
+        for t in range(value.shape[1]):
+            only = zeros(value.shape, True)
+            only[:, t] = value[:, t]
+            off = paths.expectation(paths.summed_scores(weight * only))
+            on = paths.expectation(paths.summed_scores(only), "target")
+            terms += 1
+            good += int(np.all(off == on))
+        gradient = policy_gradient(world)
+        for kind in ("A_target", "Q_target"):
+            terms += 1
+            good += int(np.all(gradient_moments(world, level, kind).mean == gradient))
+    yield Evidence(
+        "E_b[rho_t g_t A_t] = E_pi[g_t A_t] per token for arbitrary A(prefix, token), and = grad J summed with A^pi, "
+        "Q^pi; per-prefix, per-position and shared logits, as fractions",
+        "enumeration",
+        f"{good} of {terms} vector equalities on {worlds} random trees",
+        good == terms,
+        {"worlds": worlds, "equalities": terms, "exact": good},
+    )
+    gaps = {}
+    for world in (
+        toy_lm.fitted_ngram(order=3, horizon=512, step=0.3, rng=context.rng("prop1 lm")),
+        bigram(context.rng("prop1 bigram"), n_tokens=6, horizon=512, step=0.3),
+    ):
+        gradient = policy_gradient(world)
+        gap = np.linalg.norm(gradient_moments(world, level).mean - gradient) / np.linalg.norm(gradient)
+        gaps[world.name] = float(gap)
+    yield Evidence(
+        "relative bias of the summed gradient over 512 tokens: " + ", ".join(gaps),
+        "dynamic programming",
+        listed(gaps.values()),
+        max(gaps.values()) < 1e-9,
+        {"relative_bias": gaps},
+    )
+    if level in ("cumulative", "token"):
+        estimator = ctpo.Estimator(level=level, form="unclipped", max_log_ratio=None, max_token_log_ratio=None)
+        world = toy_lm.load_transformer_world()
+        found = estimator_moments(world, estimator)
+        gap = float(np.linalg.norm(found.bias) / np.linalg.norm(found.mean - found.bias))
+        yield Evidence(
+            f"tiny transformer ({world.dimension} shared network parameters), weights by ctpo.Estimator: relative bias",
+            "enumeration",
+            f"{gap:.1e}",
+            gap < 1e-9,
+            {"relative_bias": gap},
+        )
+        yield _monte_carlo_sign(context, estimator)
+
+
+def _monte_carlo_sign(context: Context, estimator: ctpo.Estimator) -> Evidence:
+    world = sign_flip_world().as_float()
+    n = context.count(200_000)
+    result = estimate(world, SummedGradient(world, estimator), n=n, seed=context.sequence("sign"))
+    z = z_scores(result, policy_gradient(world))
+    limit = z_threshold(len(z))
+    return Evidence(
+        "sign-flip world below: sampled mean of the summed gradient against the true one, weights by ctpo.Estimator",
+        "Monte Carlo",
+        f"largest |z| {z.max():.2f} (limit {limit:.2f}), n = {n}, ESS {result.ess_fraction:.2f}",
+        bool(z.max() < limit),
+        {"n": n, "largest_z": float(z.max()), "limit": limit},
+    )
+
+
+# --- 3.token: the token ratio is biased -----------------------------------------------------------------------------
+
+
+def sign_flip_world() -> World:
+    """R(11) = 1, R(01) = -1; b = 1/5, pi = 4/5 for the first token, both 1/2 for the second; position logits."""
+    world = two_step(
+        (Fraction(1, 5), Fraction(4, 5)), {0: (HALF, HALF), 1: (HALF, HALF)}, name="sign flip"
+    )
+    mdp = tree(2, 2, name="sign flip", outcome=lambda s: {(1, 1): 1, (0, 1): -1}.get(s, 0))
+    return World(mdp, world.behavior, world.target, "position")
+
+
+def mean_score_times_advantage(world: World) -> np.ndarray:
+    """(S, K, d) G(s) = sum_a pi(a|s) g(a|s) A^pi(s, a) of a tree."""
+    result = zeros((world.mdp.n_states, world.n_blocks, world.local_scores.shape[2]), True)
+    table = advantage_table(world, "A_target")
+    for s, label in enumerate(world.mdp.labels):
+        if world.mdp.policy_states[s]:
+            step = len([token for token in label.strip("()").split(",") if token.strip()])
+            factor = world.target[s] * table[step, s]
+            result[s, world.block(step)[s]] = (factor[:, None] * world.local_scores[s]).sum(axis=0)
+    return result
+
+
+def check_token(context: Context, level: str) -> Iterator[Evidence]:
+    """The bias of the token ratio with the exact A^pi, as an identity, and its sign reversal."""
+    worlds = good = biased = 0
+    for world in random_trees(context, "token", 150, parameters=SHARINGS):
+        worlds += 1
+        bias = gradient_moments(world, level).mean - policy_gradient(world)
+        gap = reached_under_behavior(world) - reached_under_target(world)
+        predicted = (gap[:, None, None] * mean_score_times_advantage(world)).sum(axis=0).ravel()
+        paths = enumerate_trajectories(world)
+        rho = cumulative(paths)
+        before = np.column_stack([rho[:, 0] * 0 + 1, rho[:, :-1]])
+        covariance = zeros(len(bias), True)
+        per_state = mean_score_times_advantage(world).reshape(world.mdp.n_states, -1)
+        for t in range(rho.shape[1]):
+            value = per_state[paths.states[:, t]]
+            product = before[:, t, None] * value
+            covariance = covariance + paths.expectation(product) - paths.expectation(value)
+        good += int(np.all(bias == predicted) and np.all(bias == -covariance))
+        biased += int(np.any(bias != 0))
+    yield Evidence(
+        "bias = sum_s (P_b - P_pi)(s) G(s) = -sum_t Cov_b(rho_{t-1}, G(s_t)), as fractions",
+        "enumeration",
+        f"{good} of {worlds} random trees; biased in {biased}",
+        good == worlds and biased > 0,
+        {"worlds": worlds, "exact": good, "biased": biased},
+    )
+    world = sign_flip_world()
+    paths = enumerate_trajectories(world)
+    advantages = paths.advantage("A_target")
+    found = {"true": policy_gradient(world)[3]}
+    for name in (level, "sequence_mean", "cumulative_mean"):
+        found[name] = paths.expectation(paths.summed_scores(rational_weights(paths, name) * advantages))[3]
+    yield Evidence(
+        "sign flip with exact A^pi, gradient of the second position's logit: "
+        + ", ".join({"sequence_mean": "GSPO", "cumulative_mean": "cumulative mean"}.get(n, n) for n in found),
+        "enumeration",
+        listed(found.values()),
+        list(found.values()) == [Fraction(3, 20), Fraction(-3, 20), 0, 0],
+        {name: str(value) for name, value in found.items()},
+    )
+
+
+# --- 3.surrogate ----------------------------------------------------------------------------------------------------
+
+
+def check_surrogate(context: Context, advantage: str) -> Iterator[Evidence]:
+    """With A^b or the outcome reward the token ratio gives the gradient of the CPI/TRPO surrogate, exactly."""
+    worlds = good = reward_good = 0
+    for world in random_trees(context, "surrogate", 120, parameters=SHARINGS):
+        worlds += 1
+        reach = reached_under_behavior(world)
+        table = advantage_table(world, "A_behavior")
+        surrogate = zeros((world.n_blocks, world.local_scores.shape[2]), True)
+        for s, label in enumerate(world.mdp.labels):
+            if world.mdp.policy_states[s]:
+                step = len([token for token in label.strip("()").split(",") if token.strip()])
+                factor = reach[s] * world.target[s] * table[step, s]
+                surrogate[world.block(step)[s]] += (factor[:, None] * world.local_scores[s]).sum(axis=0)
+        paths = enumerate_trajectories(world)
+        good += int(np.all(gradient_moments(world, "token", advantage).mean == surrogate.ravel()))  # type: ignore[arg-type]
+        returns = np.where(paths.mask, paths.returns[:, None], Fraction(0))
+        with_return = paths.expectation(paths.summed_scores(rational_weights(paths, "token") * returns))
+        reward_good += int(np.all(with_return == surrogate.ravel()))
+    yield Evidence(
+        "token ratio with A^b, and with the return, against grad of sum_s P_b(s) sum_a pi(a|s) A^b(s, a)",
+        "enumeration",
+        f"{good} and {reward_good} of {worlds} random trees, as fractions",
+        good == reward_good == worlds,
+        {"worlds": worlds, "with_advantage": good, "with_return": reward_good},
+    )
+
+
+# --- 3.gspo ---------------------------------------------------------------------------------------------------------
+
+
+def check_gspo(context: Context, degree: Callable[[int], int]) -> Iterator[Evidence]:
+    """The length-normalized ratio is an expectation under a policy 1/H of the way from b to pi, scaled by Z < 1."""
+    rng = context.rng("gspo")
+    worst, largest_z, count = 0.0, 0.0, context.count(150)
+    for k in range(count):
+        world = random_tree(
+            rng, n_actions=2 + k % 2, horizon=2 + k % 3, parameters=SHARINGS[k % 3], exact=False, rewards="both"
+        )
+        paths = enumerate_trajectories(world)
+        horizon = degree(world.mdp.horizon)
+        advantages = paths.advantage("A_target")
+        found = estimator_moments(
+            world, ctpo.Estimator(level="sequence_mean", form="unclipped", max_log_ratio=None), trajectories=paths
+        ).mean
+        tilted = paths.behavior_probability ** (1 - 1 / horizon) * paths.target_probability ** (1 / horizon)
+        z = tilted.sum()
+        expected = (tilted[:, None] * paths.summed_scores(advantages)).sum(axis=0)
+        worst = max(worst, float(np.abs(found - expected).max()))
+        largest_z = max(largest_z, float(z))
+    yield Evidence(
+        "E_b[rho_H^(1/H) sum g A] = Z E_q[sum g A] with q ~ b^(1-1/H) pi^(1/H), weights by ctpo.Estimator; Z < 1",
+        "enumeration",
+        f"largest gap {worst:.1e} on {count} random trees, Z <= {largest_z:.4f}",
+        worst < 1e-11 and largest_z < 1,
+        {"worlds": count, "largest_gap": worst, "largest_z": largest_z},
+    )
+    paths = enumerate_trajectories(table_world())
+    z_exact = paths.expectation(rational_weights(paths, "sequence_mean"))[0]
+    product = paths.behavior_probability * rational_weights(paths, "sequence_mean")[:, 0]
+    tilted_exact = [q / z_exact for q in product]
+    yield Evidence(
+        "shared logit, H = 2, b = 1/5, pi = 4/5: Z and q",
+        "enumeration",
+        f"{z_exact}; {listed(tilted_exact)}",
+        z_exact == Fraction(16, 25) and tilted_exact == [Fraction(1, 4)] * 4 and degree(2) == 2,
+        {"Z": str(z_exact), "q": [str(q) for q in tilted_exact]},
+    )
+
+
+# --- 3.table --------------------------------------------------------------------------------------------------------
+
+
+def table_world() -> World:
+    """One shared logit, two tokens, b(1) = 1/5, pi(1) = 4/5, R = a1 a2."""
+    return independent_tokens(
+        [Fraction(4, 5), Fraction(1, 5)], [Fraction(1, 5), Fraction(4, 5)], 2, outcome=lambda s: s[0] * s[1]
+    )
+
+
+#: Weight level -> gradient of the shared logit with A^pi, and with the outcome reward.
+TABLE: dict[str, tuple[Fraction, Fraction]] = {
+    "cumulative": (Fraction(32, 125), Fraction(20, 125)),
+    "token": (Fraction(20, 125), Fraction(8, 125)),
+    "sequence": (Fraction(32, 125), Fraction(32, 125)),
+    "sequence_mean": (Fraction(884, 3125), Fraction(8, 125)),
+    "cumulative_mean": (Fraction(148, 625), Fraction(8, 125)),
+    "none": (Fraction(13, 25), Fraction(2, 125)),
+}
+
+
+def check_table(_context: Context, weights: Callable[[Trajectories, str], np.ndarray]) -> Iterator[Evidence]:
+    """Six weights on one shared logit, with A^pi and with the outcome reward, as fractions."""
+    world = table_world()
+    paths = enumerate_trajectories(world)
+    gradient = policy_gradient(world)[1]
+    advantages = paths.advantage("A_target")
+    returns = np.where(paths.mask, paths.returns[:, None], Fraction(0))
+    rows: dict[str, dict[str, str]] = {}
+    good = gradient == Fraction(32, 125)
+    for level, expected in TABLE.items():
+        weight = weights(paths, level)
+        found = [paths.expectation(paths.summed_scores(weight * a))[1] for a in (advantages, returns)]
+        good &= found == list(expected)
+        rows[level] = {"A_pi": str(found[0]), "bias": str(found[0] - gradient), "outcome": str(found[1])}
+    yield Evidence(
+        "grad J = 32/125; each weight with A^pi (bias), and with the outcome reward",
+        "enumeration",
+        "; ".join(f"{n}: {r['A_pi']} ({r['bias']}), {r['outcome']}" for n, r in rows.items()),
+        bool(good),
+        {"rows": rows},
+    )
+
+
+# --- T1: the paper's Table 1 ----------------------------------------------------------------------------------------
+
+UNLIMITED: Mapping[str, Any] = {"form": "unclipped", "max_log_ratio": None, "max_token_log_ratio": None}
+TABLE_ONE: dict[str, ctpo.Estimator] = {
+    "token": ctpo.Estimator(level="token", **UNLIMITED),
+    "cumulative": ctpo.Estimator(level="cumulative", **UNLIMITED),
+    "cumulative mean": ctpo.Estimator(level="cumulative_mean", **UNLIMITED),
+    "sequence": ctpo.Estimator(level="sequence", **UNLIMITED),
+    "sequence mean (GSPO)": ctpo.Estimator(level="sequence_mean", **UNLIMITED),
+}
+
+
+@dataclass(frozen=True)
+class TableOneRow:
+    """One estimator on one world: relative bias, variance over that of the sequence ratio."""
+
+    world: str
+    estimator: str
+    relative_bias: float
+    relative_variance: float
+    clip_rate: float
+
+
+def table_one_worlds(context: Context) -> list[World]:
+    """Worlds of several kinds and divergences, all small enough to enumerate."""
+    rng = context.rng("table one")
+    worlds = [
+        random_tree(rng, n_actions=3, horizon=4, exact=False, parameters="prefix", rewards="both"),
+        random_tree(rng, n_actions=2, horizon=6, exact=False, parameters="position", rewards="dense"),
+        random_tree(rng, n_actions=2, horizon=5, exact=False, parameters="shared", rewards="outcome", eos=True),
+        random_tree(rng, n_actions=2, horizon=6, exact=False, parameters="prefix", tool_share=0.3),
+    ]
+    worlds += [bigram(rng, n_tokens=3, horizon=7, step=step) for step in (0.3, 1.0, 3.0)]
+    worlds.append(toy_lm.fitted_ngram(order=3, horizon=5, step=1.0, rng=rng))
+    worlds.append(toy_lm.load_transformer_world())
+    return worlds
+
+
+def measure_table_one(worlds: list[World], estimators: Mapping[str, ctpo.Estimator | str]) -> list[TableOneRow]:
+    """Exact bias and variance of estimators on worlds, with the exact A^pi."""
+    rows = []
+    for world in worlds:
+        paths = enumerate_trajectories(world)
+        size = float(np.linalg.norm(policy_gradient(world)))
+        found: dict[str, EstimatorMoments] = {
+            name: estimator_moments(world, estimator, trajectories=paths) for name, estimator in estimators.items()
+        }
+        base = estimator_moments(world, TABLE_ONE["sequence"], trajectories=paths).total_variance
+        for name, moments in found.items():
+            rows.append(
+                TableOneRow(
+                    world.name + f", {world.parameters if world.scores is None else 'network'}",
+                    name,
+                    float(np.linalg.norm(moments.bias)) / size,
+                    moments.total_variance / base,
+                    moments.clip_rate,
+                )
+            )
+    return rows
+
+
+def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) -> Iterator[Evidence]:
+    """Bias column on every world; variance column under orthogonal scores, and its counterexample."""
+    rows = measure_table_one(table_one_worlds(context), estimators)
+    by_name = {name: [r for r in rows if r.estimator == name] for name in estimators}
+    unbiased = max(r.relative_bias for n in ("cumulative", "sequence") for r in by_name[n])
+    least = {n: min(r.relative_bias for r in by_name[n]) for n in by_name if n not in ("cumulative", "sequence")}
+    most = {n: max(r.relative_bias for r in by_name[n]) for n in least}
+    worlds = len(by_name["token"])
+    yield Evidence(
+        f"relative bias with exact A^pi on {worlds} worlds (trees, bigram, trigram, transformer), weights by ctpo.Estimator",
+        "enumeration",
+        f"cumulative and sequence <= {unbiased:.0e}; "
+        + "; ".join(f"{n} {least[n]:.2g} to {most[n]:.2g}" for n in least),
+        unbiased < 1e-9 and min(least.values()) > 1e-4,
+        {"rows": [vars(r) for r in rows]},
+    )
+    cumulative_rows = by_name["cumulative"]
+    lower = sum(r.relative_variance < 1 for r in cumulative_rows)
+    span = sorted(r.relative_variance for r in cumulative_rows)
+    count = good = 0
+    for world in random_trees(context, "table one", 100, parameters=("prefix", "position")):
+        count += 1
+        good += int(
+            gradient_moments(world, "cumulative").total_variance
+            <= gradient_moments(world, "sequence").total_variance
+        )
+    yield Evidence(
+        "total variance of the summed gradient, cumulative <= sequence, on trees with orthogonal scores, as fractions",
+        "dynamic programming",
+        f"{good} of {count} trees; on the worlds above {lower} of {worlds}, ratio {span[0]:.2g} to {span[-1]:.2g}",
+        good == count,
+        {"trees": count, "ordered": good, "worlds_lower": lower, "ratio": span},
+    )
+    counter = sum_counterexample()
+    prefix, full = (gradient_moments(counter, level).total_variance for level in ("cumulative", "sequence"))
+    share = Fraction(1, 2)  # two shared logits whose scores are g and -g: the trace is twice the one-logit variance
+    yield Evidence(
+        "with one shared logit the order can be reversed: variance of the cumulative and of the sequence estimator",
+        "dynamic programming",
+        f"{prefix * share} and {full * share}",
+        prefix * share == Fraction(16, 3645) and full == 0,
+        {"cumulative": str(prefix * share), "sequence": str(full * share)},
+    )
+
+
+def sum_counterexample() -> World:
+    """pi(1) = 1/3 twice, one shared logit, R = a1 + a2, and b proportional to pi times the summed integrand."""
+    mdp = tree(2, 2, name="zero-variance sequence ratio", outcome=lambda s: s[0] + s[1])
+    ones = {(): Fraction(1, 2), (1,): Fraction(4, 9), (0,): Fraction(5, 9)}
+    behavior = policy_table(mdp, lambda prefix: [1 - ones[prefix], ones[prefix]])
+    target = policy_table(mdp, lambda _prefix: [Fraction(2, 3), Fraction(1, 3)])
+    return World(mdp, behavior, target, "shared")
+
+
+CLAIMS = (
+    Claim(
+        "3.prop1",
+        "E_b[rho_t g_t A_t] = E_pi[g_t A_t]: the prefix ratio corrects the gradient of every token.",
+        "true if",
+        "A_t depends on the first t tokens only (A^pi, Q^pi; not an outcome reward); absolute continuity",
+        "arXiv:2605.07331, Prop. 1",
+        check_prop1,
+        "cumulative",
+        "token",
+        "the token ratio",
+    ),
+    Claim(
+        "3.token",
+        "The token ratio (PPO, GRPO) gives an unbiased policy gradient with the exact A^pi.",
+        "false",
+        "it ignores that the prefix came from b; its sign can be wrong; GSPO and cumulative mean are biased too",
+        "arXiv:2605.07331, section 3.2 and Table 1",
+        check_token,
+        "token",
+        "cumulative",
+        "the cumulative ratio",
+    ),
+    Claim(
+        "3.surrogate",
+        "With A^b, or the return itself, the token ratio gives exactly the gradient of the CPI/TRPO surrogate.",
+        "true",
+        "absolute continuity",
+        "Kakade and Langford 2002; Schulman et al. 2015",
+        check_surrogate,
+        "A_behavior",
+        "A_target",
+        "A^pi instead of A^b",
+    ),
+    Claim(
+        "3.gspo",
+        "The length-normalized ratio estimates Z E_q with q 1/H of the way from b to pi and Z < 1.",
+        "true",
+        "sequences of one length H; pi != b",
+        "arXiv:2605.07331, Table 1 (\"biased, scale shrunk\"), made exact",
+        check_gspo,
+        lambda horizon: horizon,
+        lambda horizon: horizon + 1,
+        "the root of degree H + 1",
+    ),
+    Claim(
+        "3.table",
+        "On one shared logit only the cumulative and the sequence ratio meet grad J with A^pi; with an outcome "
+        "reward only the sequence ratio does.",
+        "true",
+        "the two-token world of the check",
+        "our own smallest table",
+        check_table,
+        rational_weights,
+        lambda paths, _level: rational_weights(paths, "token"),
+        "token weights in every row",
+    ),
+    Claim(
+        "T1",
+        "Token: biased; sequence: unbiased, high variance; GSPO: biased; cumulative: unbiased, variance below sequence.",
+        "true if",
+        "bias with the exact A^pi; the variance order of the summed gradient needs orthogonal scores "
+        "(per-prefix or per-position logits), else it can be reversed",
+        "arXiv:2605.07331, Table 1",
+        check_table_one,
+        TABLE_ONE,
+        {**TABLE_ONE, "cumulative": TABLE_ONE["token"]},
+        "the token ratio passed off as the cumulative one",
+    ),
+)
+

@@ -1,0 +1,486 @@
+"""Claims 1 and 1s: the cumulative ratio is a martingale, its variance grows, and when it grows strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from simulations.claims.registry import Claim, Context, Evidence
+from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, two_step, with_forbidden_tokens
+from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
+from simulations.mdp import POLICY, World, as_numbers, independent_tokens, policy_table, random_chain, tree, zeros
+from simulations.monte_carlo import RatioByPosition, estimate, z_scores, z_threshold
+
+#: A process along the stream: from all trajectories to (N, H) values.
+Process = Callable[[Trajectories], np.ndarray]
+
+
+def cumulative(paths: Trajectories) -> np.ndarray:
+    """rho after every token of the stream, stopped at its end."""
+    return paths.ratio.cumprod(axis=1)
+
+
+def one_token_late(paths: Trajectories) -> np.ndarray:
+    """Wrong: the product that leaves out the first token."""
+    ratio = paths.ratio.copy()
+    ratio[:, 0] = ratio[:, 0] * 0 + 1
+    return ratio.cumprod(axis=1)
+
+
+def state_after(paths: Trajectories, step: int) -> np.ndarray:
+    """(N,) state once `step + 1` tokens are written; in a tree it names the prefix."""
+    return paths.states[:, step + 1] if step + 1 < paths.states.shape[1] else paths.final_state
+
+
+def total_by(keys: np.ndarray, values: np.ndarray, size: int, exact: bool) -> np.ndarray:
+    """Sums of values by key."""
+    totals = zeros(size, exact)
+    np.add.at(totals, keys, values)
+    return totals
+
+
+def variance(paths: Trajectories, values: np.ndarray) -> np.ndarray:
+    """Exact variance under the behavior policy of (N, ...) values."""
+    mean = paths.expectation(values)
+    return paths.expectation((values - mean) ** 2)
+
+
+# --- 1.martingale ---------------------------------------------------------------------------------------------------
+
+
+def check_martingale(context: Context, process: Process) -> Iterator[Evidence]:
+    """E_b rho_t = 1 and E_b[rho_H | F_t] = rho_t: exactly on trees, far out by DP, and by Monte Carlo."""
+    worlds = equalities = good = 0
+    for world in random_trees(context, "martingale", 300, same_share=0.2):
+        worlds += 1
+        paths = enumerate_trajectories(world)
+        rho, probability, n = process(paths), paths.behavior_probability, world.mdp.n_states
+        good += int((paths.expectation(rho) == 1).sum())
+        equalities += rho.shape[1]
+        for t in range(rho.shape[1]):
+            key = state_after(paths, t)
+            now = total_by(key, probability * rho[:, t], n, True)
+            final = total_by(key, probability * rho[:, -1], n, True)
+            target = total_by(key, paths.target_probability, n, True)
+            reached = np.unique(key)
+            equalities += len(reached)
+            good += int(((now == final) & (now == target))[reached].sum())
+    yield Evidence(
+        "E_b rho_t = 1 at every t; on every prefix E_b[rho_H | prefix] = rho_t = P_pi(prefix)/P_b(prefix), as fractions",
+        "enumeration",
+        f"{good} of {equalities} equalities on {worlds} random trees",
+        good == equalities,
+        {"worlds": worlds, "equalities": equalities, "exact": good},
+    )
+    horizon = 4096
+    worst = max(float(np.abs(ratio_moments(w).mean - 1).max()) for w in long_worlds(context, horizon))
+    yield Evidence(
+        f"E_b rho_t = 1 for all t <= {horizon} on bigram, trigram and sticky worlds",
+        "dynamic programming",
+        f"largest deviation {worst:.1e}",
+        worst < 1e-9,
+        {"horizon": horizon, "largest_deviation": worst},
+    )
+    yield _monte_carlo_mean(context)
+
+
+def _monte_carlo_mean(context: Context) -> Evidence:
+    world = random_chain(context.rng("martingale mc"), n_states=8, n_actions=4, horizon=64, step=0.12)
+    moments = ratio_moments(world)
+    assert moments.var_log is not None and moments.mean_log is not None
+    n = context.count(40_000)
+    result = estimate(world, RatioByPosition(), n=n, seed=context.sequence("martingale mc"), fourth=False)
+    expected = np.concatenate([np.ones(64), moments.mean_log[1:]])
+    z = z_scores(result, expected)
+    limit = z_threshold(len(z))
+    small = float(moments.var_log[-1])
+    return Evidence(
+        f"means of rho_t and log rho_t, t <= 64, weights by ctpo.log_ratio (Var log rho_64 = {small:.2f} <= 2)",
+        "Monte Carlo",
+        f"largest |z| {z.max():.2f} of {len(z)} (limit {limit:.2f}), n = {n}, ESS {result.ess_fraction:.2f}, "
+        f"k-hat {result.pareto_k:.2f}",
+        bool(z.max() < limit and small <= 2.0),
+        {
+            "n": n,
+            "largest_z": float(z.max()),
+            "limit": limit,
+            "ess_fraction": result.ess_fraction,
+            "pareto_k": result.pareto_k,
+        },
+    )
+
+
+# --- 1.support, 1.survivors: where it fails -------------------------------------------------------------------------
+
+
+def check_support(context: Context, process: Process) -> Iterator[Evidence]:
+    """Without absolute continuity E_b rho_t is the target's probability of staying where b can go."""
+    mdp = tree(2, 3, name="b writes one token only")
+    behavior = policy_table(mdp, lambda _prefix: [1, 0])
+    target = policy_table(mdp, lambda _prefix: [HALF, HALF])
+    paths = enumerate_trajectories(World(mdp, behavior, target, require_support=False))
+    means = list(paths.expectation(process(paths)))
+    yield Evidence(
+        "b = (1, 0), pi = (1/2, 1/2): E_b rho_t for t = 1, 2, 3",
+        "enumeration",
+        listed(means),
+        means == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 8)],
+        {"means": [str(m) for m in means]},
+    )
+    step = (Fraction(1), Fraction(1, 2))  # b(1) = 1, pi(1) = 1/2
+    world = two_step((HALF, Fraction(3, 4)), {0: step, 1: step}, support=False)
+    paths = enumerate_trajectories(world)
+    spread = list(variance(paths, process(paths)))
+    yield Evidence(
+        "the variance order breaks too: Var(rho_1), Var(rho_2)",
+        "enumeration",
+        listed(spread),
+        spread == [Fraction(1, 4), Fraction(1, 16)],
+        {"variances": [str(v) for v in spread]},
+    )
+    rng = context.rng("support")
+    agree = count = below = 0
+    for world in random_trees(context, "support", 100):
+        keep = rng.random(world.behavior.shape) < 0.7
+        keep[~keep.any(axis=1), 0] = True
+        cut = np.where(keep, world.behavior, Fraction(0))
+        cut = cut / cut.sum(axis=1, keepdims=True)
+        truncated = World(world.mdp, cut, world.target, require_support=False)
+        paths = enumerate_trajectories(truncated)
+        inside = np.where(paths.mask, (paths.behavior > 0), True).cumprod(axis=1)
+        count += 1
+        means_t = paths.expectation(process(paths))
+        agree += int(np.all(means_t == paths.expectation(inside, "target")))
+        below += int(means_t[-1] < 1)
+    yield Evidence(
+        "truncated sampling (some tokens cut, the rest renormalized): E_b rho_t = P_pi(prefix in b's support)",
+        "enumeration",
+        f"{agree} of {count} random trees; E_b rho_H < 1 in {below}",
+        agree == count and below > 0,
+        {"worlds": count, "equal": agree, "below_one": below},
+    )
+
+
+def check_survivors(_context: Context, process: Process) -> Iterator[Evidence]:
+    """Conditional on being alive at t, rho_t is not a martingale."""
+    mdp = tree(2, 3, name="stop or go on", eos=0)
+    behavior = policy_table(mdp, lambda _prefix: [HALF, HALF])
+    target = policy_table(mdp, lambda prefix: [HALF, HALF] if prefix else [Fraction(1, 4), Fraction(3, 4)])
+    paths = enumerate_trajectories(World(mdp, behavior, target))
+    rho, probability = process(paths), paths.behavior_probability
+    means, spreads = [], []
+    for t in range(3):
+        alive = paths.live[:, t]
+        mass = probability[alive].sum()
+        mean = (probability[alive] * rho[alive, t]).sum() / mass
+        means.append(mean)
+        spreads.append((probability[alive] * (rho[alive, t] - mean) ** 2).sum() / mass)
+    yield Evidence(
+        "b continues with 1/2, pi with 3/4 at the first token: E[rho_t | alive] and Var[rho_t | alive], t = 1, 2, 3",
+        "enumeration",
+        f"means {listed(means)}; variances {listed(spreads)}",
+        means == [1, Fraction(3, 2), Fraction(3, 2)] and spreads == [Fraction(1, 4), 0, 0],
+        {"means": [str(m) for m in means], "variances": [str(v) for v in spreads]},
+    )
+
+
+# --- 1.variance: increments, convex functions -----------------------------------------------------------------------
+
+
+def chi2_of_target(world: World) -> np.ndarray:
+    """(S,) chi2(s) = sum_a pi^2/b - 1 of each policy state, 0 elsewhere."""
+    return _chi2(world, world.behavior, world.target)
+
+
+def chi2_swapped(world: World) -> np.ndarray:
+    """Wrong: the divergence the other way round, sum_a b^2/pi - 1."""
+    return _chi2(world, world.target, world.behavior)
+
+
+def _chi2(world: World, base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    result = zeros(world.mdp.n_states, world.exact)
+    for s in np.flatnonzero(world.mdp.kind == POLICY):
+        inside = base[s] > 0
+        result[s] = (other[s][inside] ** 2 / base[s][inside]).sum() - 1
+    return result
+
+
+CONVEX: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "x^2": lambda x: x**2,
+    "x^4": lambda x: x**4,
+    "|x - 1|": lambda x: abs(x - 1),
+    "max(x - 3/2, 0)": lambda x: np.maximum(x - Fraction(3, 2), Fraction(0)),
+}
+
+
+def check_variance(context: Context, chi2: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
+    """Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0, and every convex function of rho_t grows."""
+    steps = good = ordered = compared = worlds = 0
+    for world in random_trees(context, "variance", 300, same_share=0.2):
+        worlds += 1
+        paths = enumerate_trajectories(world)
+        rho, divergence = cumulative(paths), chi2(world)
+        spread = [Fraction(0), *variance(paths, rho)]
+        before = np.column_stack([rho[:, 0] * 0 + 1, rho[:, :-1]])
+        gain = paths.expectation(before**2 * divergence[paths.states])
+        steps += len(gain)
+        good += sum(spread[t + 1] - spread[t] == gain[t] >= 0 for t in range(len(gain)))
+        for phi in CONVEX.values():
+            level = paths.expectation(phi(rho))
+            compared += len(level) - 1
+            ordered += int((level[1:] >= level[:-1]).sum())
+    yield Evidence(
+        "increment identity at every step, as fractions",
+        "enumeration",
+        f"{good} of {steps} steps on {worlds} random trees",
+        good == steps,
+        {"worlds": worlds, "steps": steps, "exact": good},
+    )
+    yield Evidence(
+        f"E_b phi(rho_t) non-decreasing for phi = {', '.join(CONVEX)}",
+        "enumeration",
+        f"{ordered} of {compared} comparisons",
+        ordered == compared,
+        {"comparisons": compared, "ordered": ordered},
+    )
+    falls, last = 0, []
+    for world in long_worlds(context, 4096):
+        log_m = ratio_moments(world).log_second_moment
+        assert log_m is not None
+        falls += int((np.diff(log_m) < -1e-12).sum())
+        last.append(float(log_m[-1]))
+    yield Evidence(
+        "E_b rho_t^2 non-decreasing for all t <= 4096 on bigram, trigram and sticky worlds",
+        "dynamic programming",
+        f"{falls} decreases; log E rho^2 at the end {listed(last)}",
+        falls == 0,
+        {"decreases": falls, "log_second_moment": last},
+    )
+
+
+# --- 1.optimal ------------------------------------------------------------------------------------------------------
+
+
+def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
+    """Among weights w with E_b[w | F_t] = rho_t, rho_t has the least variance for every prefix-measurable f."""
+    rng = context.rng("optimal")
+    compared = least = 0
+    for world in random_trees(context, "optimal", 100):
+        paths = enumerate_trajectories(world)
+        claimed, rho, ratio = weight(paths), cumulative(paths), paths.ratio
+        horizon = rho.shape[1]
+        for t in range(horizon):
+            value = as_numbers(rng.integers(-3, 4, size=world.mdp.n_states), True)[state_after(paths, t)]
+            share = Fraction(int(rng.integers(0, 4)), 3)
+            rivals = [
+                rho[:, -1],
+                rho[:, min(t + 1, horizon - 1)],
+                share * rho[:, t] + (1 - share) * rho[:, -1],
+                rho[:, t] * (1 + share * (ratio[:, t + 1 :].prod(axis=1) - 1)),
+            ]
+            mine = claimed[:, t] * value
+            target = paths.expectation(rho[:, t] * value)
+            compared += len(rivals)
+            for rival in rivals:
+                unbiased = paths.expectation(rival * value) == target == paths.expectation(mine)
+                least += int(unbiased and variance(paths, mine) <= variance(paths, rival * value))
+    yield Evidence(
+        "Var(rho_t f) <= Var(w f) against full-sequence, one-longer and mixed unbiased weights w, random f",
+        "enumeration",
+        f"{least} of {compared} comparisons",
+        least == compared,
+        {"comparisons": compared, "least": least},
+    )
+    world = independent_tokens([HALF, HALF], [Fraction(1, 4), Fraction(3, 4)], 2)
+    paths = enumerate_trajectories(world)
+    rho2 = cumulative(paths)[:, 1]
+    merged = paths.ratio[:, 1]  # E[rho_2 | a_2] for independent tokens
+    numbers = [variance(paths, rho2), variance(paths, merged)]
+    yield Evidence(
+        "but if f depends on a_2 alone the merged weight E[rho_2 | a_2] is better: variances",
+        "enumeration",
+        listed(numbers),
+        numbers == [Fraction(9, 16), Fraction(1, 4)],
+        {"variances": [str(v) for v in numbers]},
+    )
+
+
+# --- 1.log ----------------------------------------------------------------------------------------------------------
+
+
+def exact_log2(value: Fraction) -> int:
+    """log2 of a power of two, exactly.
+
+    >>> exact_log2(Fraction(1, 8))
+    -3
+    """
+    numerator, denominator = value.numerator.bit_length() - 1, value.denominator.bit_length() - 1
+    if value != Fraction(2**numerator, 2**denominator):
+        raise ValueError(f"value: must be a power of two, got {value}")
+    return numerator - denominator
+
+
+def variance_of_sum(paths: Trajectories, logs: np.ndarray) -> list[Fraction]:
+    """Var(l_1 + ... + l_t) for every t."""
+    return list(variance(paths, logs.cumsum(axis=1)))
+
+
+def sum_of_variances(paths: Trajectories, logs: np.ndarray) -> list[Fraction]:
+    """Wrong: Var(l_1) + ... + Var(l_t), as if token log-ratios were uncorrelated."""
+    return list(variance(paths, logs).cumsum())
+
+
+def check_log(_context: Context, spread: Callable[[Trajectories, np.ndarray], list[Fraction]]) -> Iterator[Evidence]:
+    """Var(log rho_t), unlike Var(rho_t), can fall."""
+    same = (HALF, HALF)
+    world = two_step((Fraction(4, 5), Fraction(1, 5)), {0: (Fraction(2, 3), Fraction(1, 3)), 1: same})
+    paths = enumerate_trajectories(world)
+    logs = np.empty(paths.ratio.shape, dtype=object)
+    logs.ravel()[:] = [Fraction(exact_log2(r)) for r in paths.ratio.ravel()]
+    found = spread(paths, logs)
+    yield Evidence(
+        "b = (1/5, 4/5), pi = (4/5, 1/5), then (1/3, 2/3) against (2/3, 1/3) after token 0: Var(log2 rho_t), t = 1, 2",
+        "enumeration",
+        listed(found),
+        found == [Fraction(64, 25), Fraction(524, 225)],
+        {"variances": [str(v) for v in found]},
+    )
+
+
+# --- 1s -------------------------------------------------------------------------------------------------------------
+
+
+def reached_under_target(world: World) -> np.ndarray:
+    """(S,) probability under pi of each state of a tree."""
+    return _reach(world, "target")
+
+
+def reached_under_behavior(world: World) -> np.ndarray:
+    """Wrong: probability under b."""
+    return _reach(world, "behavior")
+
+
+def _reach(world: World, who: str) -> np.ndarray:
+    state, action, nxt, probability = world.mdp.edges
+    written = world.token_probabilities(who)  # type: ignore[arg-type]
+    reach = world.mdp.initial.copy()
+    for s, a, n, p in zip(state, action, nxt, probability, strict=True):  # parents come before children
+        reach[n] = reach[n] + reach[s] * written[s, a] * p
+    return reach
+
+
+def check_strict(context: Context, reach: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
+    """Var(rho_t) < Var(rho_H) iff pi != b on some prefix reachable under pi at a later step."""
+    strict = equal = wrong = 0
+    for world in with_forbidden_tokens(context, "strict", 300):
+        paths = enumerate_trajectories(world)
+        spread = variance(paths, cumulative(paths))
+        differs = (world.behavior != world.target).any(axis=1) & world.mdp.policy_states & (reach(world) > 0)
+        for t in range(len(spread) - 1):
+            later = np.unique(paths.states[:, t + 1 :])
+            predicted = bool(differs[later].any())
+            wrong += predicted != (spread[t] < spread[-1])
+            strict += predicted
+            equal += not predicted
+    yield Evidence(
+        "the criterion against exact variances, with planted equal prefixes and forbidden tokens",
+        "enumeration",
+        f"{strict} strict and {equal} equal pairs, {wrong} mispredicted",
+        wrong == 0 and strict > 0 and equal > 0,
+        {"strict": strict, "equal": equal, "mispredicted": wrong},
+    )
+    second = {0: (HALF, Fraction(9, 10)), 1: (HALF, HALF)}
+    world = two_step((HALF, Fraction(1)), second)
+    paths = enumerate_trajectories(world)
+    spread = [*variance(paths, cumulative(paths)), variance(paths, paths.ratio[:, 1])]
+    differs = (world.behavior != world.target).any(axis=1) & (reach(world) > 0)
+    yield Evidence(
+        "so Prop. 2(i) as printed (strict, no assumption) fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
+        "enumeration",
+        listed(spread),
+        spread == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
+        {"variances": [str(v) for v in spread]},
+    )
+
+
+CLAIMS = (
+    Claim(
+        "1.martingale",
+        "E_b rho_t = 1 for every t, and E_b[rho_H | first t tokens] = rho_t.",
+        "true if",
+        "absolute continuity: pi(a|s) > 0 implies b(a|s) > 0 on every prefix that b reaches",
+        "arXiv:2605.07331, section 3.1",
+        check_martingale,
+        cumulative,
+        one_token_late,
+        "the product starts one token late",
+    ),
+    Claim(
+        "1.support",
+        "E_b rho_t = 1 also when the sampler truncates (top-p, top-k).",
+        "false",
+        "E_b rho_t = P_pi(prefix in the support of b), which falls below 1; the variance order can break too",
+        "section 3.1, read without absolute continuity",
+        check_support,
+        cumulative,
+        lambda paths: paths.ratio,
+        "token ratios instead of their products",
+    ),
+    Claim(
+        "1.survivors",
+        "rho_t has mean 1 and growing variance among the sequences still alive at t.",
+        "false",
+        "conditioning on survival breaks the martingale: E[rho_t | alive] = P_pi(alive)/P_b(alive)",
+        "what a plot by position over unfinished sequences suggests",
+        check_survivors,
+        cumulative,
+        lambda paths: paths.ratio,
+        "token ratios instead of their products",
+    ),
+    Claim(
+        "1.variance",
+        "Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0; every convex function of rho_t grows.",
+        "true if",
+        "absolute continuity",
+        "arXiv:2605.07331, Prop. 2(i), with the exact increment",
+        check_variance,
+        chi2_of_target,
+        chi2_swapped,
+        "chi2 with b and pi swapped",
+    ),
+    Claim(
+        "1.optimal",
+        "rho_t is the least-variance weight among all w with E_b[w | first t tokens] = rho_t.",
+        "true",
+        "f may depend on all of the first t tokens; if it depends on less, averaging rho_t is better still",
+        "stronger than Prop. 2(i): Rao-Blackwell",
+        check_optimal,
+        cumulative,
+        lambda paths: np.repeat(cumulative(paths)[:, -1:], paths.ratio.shape[1], axis=1),
+        "the full-sequence ratio is claimed to be optimal",
+    ),
+    Claim(
+        "1.log",
+        "Var(log rho_t) is non-decreasing in t.",
+        "false",
+        "token log-ratios can be negatively correlated across steps; only Var(rho_t) must grow",
+        "what sqrt(t) bounds take for granted (section 3.3)",
+        check_log,
+        variance_of_sum,
+        sum_of_variances,
+        "token variances added as if uncorrelated",
+    ),
+    Claim(
+        "1s.strict",
+        "Var(rho_t) < Var(rho_H) for t < H without any assumption on the policies.",
+        "true if",
+        "pi != b on some prefix that pi (not only b) reaches at a step after t; otherwise the two are equal",
+        "arXiv:2605.07331, Prop. 2(i), strictness",
+        check_strict,
+        reached_under_target,
+        reached_under_behavior,
+        "prefixes reachable under b",
+    ),
+)

@@ -1,0 +1,364 @@
+"""Claims 2 and 2r: when Var(rho_t) is a product of (1 + chi2), and by how much the sequence ratio is noisier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from simulations.claims.martingale import chi2_of_target, cumulative, variance
+from simulations.claims.registry import Claim, Context, Evidence
+from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, two_step
+from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
+from simulations.mdp import World, independent_tokens, policy_table, sticky_hot, tree
+
+THREE_QUARTERS = Fraction(3, 4)
+SAME = (HALF, HALF)
+UP = (HALF, THREE_QUARTERS)
+
+# --- 2.recursion ----------------------------------------------------------------------------------------------------
+
+
+def tilted_by_square(paths: Trajectories, before: np.ndarray) -> np.ndarray:
+    """(N, H) weights of the distribution that tilts chi2: b rho_{t-1}^2."""
+    return before**2
+
+
+def tilted_by_ratio(paths: Trajectories, before: np.ndarray) -> np.ndarray:
+    """Wrong: b rho_{t-1}, the target's own distribution."""
+    return before
+
+
+def check_recursion(
+    context: Context, tilt: Callable[[Trajectories, np.ndarray], np.ndarray]
+) -> Iterator[Evidence]:
+    """E_b rho_t^2 = prod_k (1 + E_tilted chi2(s_k)), without any independence."""
+    good = steps = agree = worlds = 0
+    for world in random_trees(context, "recursion", 200):
+        worlds += 1
+        paths = enumerate_trajectories(world)
+        rho, divergence = cumulative(paths), chi2_of_target(world)[paths.states]
+        weight = tilt(paths, np.column_stack([rho[:, 0] * 0 + 1, rho[:, :-1]]))
+        tilted = paths.expectation(weight * divergence) / paths.expectation(weight)
+        second = paths.expectation(rho**2)
+        product = (1 + tilted).cumprod()
+        steps += len(second)
+        good += int((product == second).sum())
+        agree += int(np.all(ratio_moments(world).second_moment[1:] == second))
+    yield Evidence(
+        "E_b rho_t^2 against the product of 1 + tilted chi2, as fractions",
+        "enumeration",
+        f"{good} of {steps} steps on {worlds} random trees",
+        good == steps,
+        {"worlds": worlds, "steps": steps, "exact": good},
+    )
+    worst = 0.0
+    for world in long_worlds(context, 2048):
+        moments = ratio_moments(world)
+        assert moments.log_second_moment is not None
+        gap = np.log1p(moments.chi2_tilted).cumsum() - moments.log_second_moment[1:]
+        worst = max(worst, float(np.abs(gap).max()))
+    yield Evidence(
+        "the same along 2048 tokens, and dynamic programming equal to enumeration on the trees",
+        "dynamic programming",
+        f"{agree} of {worlds} trees equal; largest log difference {worst:.1e}",
+        agree == worlds and worst < 1e-8,
+        {"equal_trees": agree, "largest_log_difference": worst},
+    )
+
+
+# --- 2.product ------------------------------------------------------------------------------------------------------
+
+
+def product_of_marginals(world: World) -> np.ndarray:
+    """prod_k (1 + chi2_k) - 1 with the marginal chi2_k = E_b chi2(s_k), for every t."""
+    return (1 + ratio_moments(world).chi2_marginal).cumprod() - 1
+
+
+def sum_of_marginals(world: World) -> np.ndarray:
+    """Wrong: sum_k chi2_k, the first-order version."""
+    return ratio_moments(world).chi2_marginal.cumsum()
+
+
+def _independent_world(rng: np.random.Generator) -> World:
+    n, horizon = int(rng.integers(2, 4)), int(rng.integers(2, 4))
+    mdp = tree(n, horizon, name="independent tokens")
+    weights = rng.integers(1, 6, size=(2, horizon, n)).tolist()
+    tables = [
+        policy_table(mdp, lambda prefix, rows=rows: [Fraction(w, sum(rows[len(prefix)])) for w in rows[len(prefix)]])
+        for rows in weights
+    ]
+    return World(mdp, tables[0], tables[1])
+
+
+def check_product(context: Context, formula: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
+    """The paper's product formula under its assumption, and under a weaker one."""
+    rng = context.rng("product")
+    count, good = context.count(100), 0
+    for _ in range(count):
+        world = _independent_world(rng)
+        paths = enumerate_trajectories(world)
+        good += int(np.all(formula(world) == variance(paths, cumulative(paths))))
+    yield Evidence(
+        "Var(rho_t) = prod(1 + chi2_k) - 1 with independent tokens (different at every position)",
+        "enumeration",
+        f"exact for all t on {good} of {count} random worlds",
+        good == count,
+        {"worlds": count, "exact": good},
+    )
+    # chi2 = 1/4 after either first token, though the second token's ratio has another law.
+    world = two_step(UP, {0: UP, 1: (Fraction(4, 5), Fraction(3, 5))})
+    # After 1: b = (1/5, 4/5), pi = (2/5, 3/5): ratios 2 and 3/4.
+    paths = enumerate_trajectories(world)
+    true, predicted = variance(paths, cumulative(paths))[1], formula(world)[1]
+    yield Evidence(
+        "dependent tokens with prefix-constant chi2 = 1/4: Var(rho_2) and the formula",
+        "enumeration",
+        f"{true} and {predicted}",
+        true == predicted == Fraction(9, 16),
+        {"variance": str(true), "formula": str(predicted)},
+    )
+
+
+# --- 2.general: where the product formula fails ---------------------------------------------------------------------
+
+
+def true_variance(world: World) -> np.ndarray:
+    """Var_b(rho_t) for every t."""
+    return ratio_moments(world).variance[1:]
+
+
+def check_general(context: Context, spread: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
+    """With prefix-dependent chi2 the product formula errs in both directions, and exponentially in t."""
+    cases = {
+        "after the up-weighted prefix": ({0: SAME, 1: UP}, Fraction(17, 32)),
+        "after the down-weighted prefix": ({0: UP, 1: SAME}, Fraction(9, 32)),
+        "after both (independent)": ({0: UP, 1: UP}, Fraction(9, 16)),
+    }
+    found, right = [], []
+    for name, (second, expected) in cases.items():
+        world = two_step(UP, second)
+        true, product = spread(world)[1], product_of_marginals(world)[1]
+        found.append(f"{name} {true} (formula {product})")
+        right.append(true == expected and (product == true) == (name == "after both (independent)"))
+    yield Evidence(
+        "b = 1/2, pi = 3/4, chi2 = 1/4 at the second step only ... : Var(rho_2)",
+        "enumeration",
+        "; ".join(found),
+        all(right),
+        {"cases": found},
+    )
+    above = below = count = 0
+    for world in random_trees(context, "general", 200):
+        count += 1
+        true, product = spread(world)[-1], product_of_marginals(world)[-1]
+        above += int(true > product)
+        below += int(true < product)
+    yield Evidence(
+        "sign of true minus formula on random trees",
+        "enumeration",
+        f"above in {above}, below in {below}, of {count}",
+        above > 0 and below > 0,
+        {"above": above, "below": below, "worlds": count},
+    )
+    times = [10, 50, 100, 200]
+    world = sticky_hot(2000)
+    moments = ratio_moments(world)
+    ratios = [float((1 + spread(world)[t - 1]) / (1 + product_of_marginals(world)[t - 1])) for t in times]
+    log_m = moments.log_second_moment
+    assert log_m is not None
+    growth = math.exp(float(log_m[-1] - log_m[-2]))
+    matrix = np.array([[0.99**2 / 0.9, 0.01**2 / 0.1], [0.1, 0.9]])
+    radius = float(np.abs(np.linalg.eigvals(matrix)).max())
+    expected = [1.18, 5.9, 47.7, 3093]
+    close = all(abs(r / e - 1) < 0.01 for r, e in zip(ratios, expected, strict=True))
+    yield Evidence(
+        "sticky hot state: true E rho_t^2 over the formula at t = 10, 50, 100, 200; its growth per token",
+        "dynamic programming",
+        f"{listed(ratios)}; growth {growth:.4f} = spectral radius {radius:.4f}, formula 1.045",
+        close and abs(growth - radius) < 1e-9 and abs(radius - 1.0895) < 5e-5,
+        {"t": times, "true_over_formula": ratios, "growth": growth, "spectral_radius": radius},
+    )
+
+
+# --- 2.uncorrelated -------------------------------------------------------------------------------------------------
+
+
+def token_ratio(paths: Trajectories) -> np.ndarray:
+    """(N, H) token ratios."""
+    return paths.ratio
+
+
+def squared_token_ratio(paths: Trajectories) -> np.ndarray:
+    """Wrong: their squares, which may be correlated."""
+    return paths.ratio**2
+
+
+def check_uncorrelated(context: Context, quantity: Callable[[Trajectories], np.ndarray]) -> Iterator[Evidence]:
+    """Token ratios are uncorrelated in every world, also where the product formula fails."""
+    zero = pairs = fails = worlds = 0
+    for world in random_trees(context, "uncorrelated", 200):
+        worlds += 1
+        paths = enumerate_trajectories(world)
+        values = quantity(paths)
+        centred = values - paths.expectation(values)
+        for j in range(values.shape[1]):
+            for k in range(j):
+                pairs += 1
+                zero += int(paths.expectation(centred[:, j] * centred[:, k]) == 0)
+        fails += int(product_of_marginals(world)[-1] != true_variance(world)[-1])
+    yield Evidence(
+        "Cov_b(r_j, r_k) = 0, as fractions; the product formula is wrong all the same",
+        "enumeration",
+        f"{zero} of {pairs} pairs are 0 on {worlds} random trees; the formula fails on {fails}",
+        zero == pairs and fails > 0,
+        {"pairs": pairs, "zero": zero, "formula_fails": fails, "worlds": worlds},
+    )
+
+
+# --- 2r -------------------------------------------------------------------------------------------------------------
+
+Ratio = Callable[[Fraction, int, int], Fraction]
+
+
+def exact_variance_ratio(d: Fraction, horizon: int, t: int) -> Fraction:
+    """Var(rho_H) / Var(rho_t) with independent tokens of one chi2 = d."""
+    return ((1 + d) ** horizon - 1) / ((1 + d) ** t - 1)
+
+
+def printed_variance_ratio(d: Fraction, horizon: int, t: int) -> Fraction:
+    """The paper's factor (1 + d)^(H - t)."""
+    return (1 + d) ** (horizon - t)
+
+
+DIVERGENCES = [Fraction(1, 1000), Fraction(1, 100), Fraction(1, 10), Fraction(1, 4), Fraction(1), Fraction(9), Fraction(99)]
+
+
+def check_bounds(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
+    """The exact ratio, its values, and the bounds max(H/t, (1+d)^(H-t)) <= ratio <= (H/t)(1+d)^(H-t)."""
+    world = independent_tokens([HALF, HALF], [Fraction(1, 4), THREE_QUARTERS], 5)
+    paths = enumerate_trajectories(world)
+    spread = variance(paths, cumulative(paths))
+    found = [ratio(Fraction(1, 4), 5, t) for t in range(1, 6)]
+    expected = [Fraction(2101, q) for q in (256, 576, 976, 1476)] + [Fraction(1)]
+    yield Evidence(
+        "H = 5, d = 1/4: Var(rho_5)/Var(rho_t) for t = 1..5, enumerated and by formula",
+        "enumeration",
+        listed(found),
+        found == expected == [spread[4] / v for v in spread],
+        {"ratios": [str(f) for f in found]},
+    )
+    inside = cases = 0
+    for d in DIVERGENCES:
+        for horizon in range(1, 13):
+            for t in range(1, horizon + 1):
+                cases += 1
+                growth, count = (1 + d) ** (horizon - t), Fraction(horizon, t)
+                inside += max(count, growth) <= ratio(d, horizon, t) <= count * growth
+    yield Evidence(
+        "both bounds for all t <= H <= 12 and d from 1/1000 to 99, as fractions",
+        "closed form",
+        f"{inside} of {cases}",
+        inside == cases,
+        {"cases": cases, "inside": inside},
+    )
+
+
+def check_printed_limit(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
+    """(1+d)^(H-t) does not tend to H/t: as d -> 0 it tends to 1, and at the paper's scale neither is the ratio."""
+    horizon, t, tiny = 12, 3, Fraction(1, 10**9)
+    exact, printed = ratio(tiny, horizon, t), printed_variance_ratio(tiny, horizon, t)
+    yield Evidence(
+        f"d = 1e-9, H = {horizon}, t = {t}: exact ratio, printed factor, H/t",
+        "closed form",
+        f"{float(exact):.6f}, {float(printed):.6f}, {horizon // t}",
+        abs(exact - Fraction(horizon, t)) < Fraction(1, 10**6) and abs(printed - 1) < Fraction(1, 10**6),
+        {"exact": float(exact), "printed": float(printed), "count": horizon / t},
+    )
+    sigma, horizon = 0.0335, 8000
+    d = Fraction(math.expm1(sigma**2))
+    expected = {100: (6.67e4, 7.09e3, 80), 1000: (3.83e3, 2.58e3, 8), 4000: (90.0, 89.0, 2)}
+    rows, good = [], True
+    for t, numbers in expected.items():
+        found = (float(ratio(d, horizon, t)), float(printed_variance_ratio(d, horizon, t)), horizon / t)
+        good &= all(abs(f / e - 1) < 0.005 for f, e in zip(found, numbers, strict=True))
+        rows.append(found)
+    yield Evidence(
+        "paper's scale (sigma = 0.0335, H = 8000), t = 100, 1000, 4000: exact / (1+d)^(H-t) / (H/t)",
+        "closed form",
+        "; ".join(f"{a:.3g} / {b:.3g} / {c:g}" for a, b, c in rows),
+        good,
+        {"t": list(expected), "exact_printed_count": rows},
+    )
+
+
+CLAIMS = (
+    Claim(
+        "2.recursion",
+        "E_b rho_t^2 = prod_k (1 + chi2_k) with chi2 averaged under b tilted by rho_{k-1}^2.",
+        "true",
+        "none: it holds with any dependence between tokens",
+        "the exact form of Prop. 2(ii)",
+        check_recursion,
+        tilted_by_square,
+        tilted_by_ratio,
+        "tilted by rho instead of rho^2",
+    ),
+    Claim(
+        "2.product",
+        "Var(rho_t) = prod_k (1 + chi2_k) - 1 with marginal chi2_k.",
+        "true if",
+        "chi2(s_k) does not depend on the prefix; independence of the tokens is sufficient, not necessary",
+        "arXiv:2605.07331, Prop. 2(ii)",
+        check_product,
+        product_of_marginals,
+        sum_of_marginals,
+        "the sum of chi2 instead of the product",
+    ),
+    Claim(
+        "2.general",
+        "The product formula of Prop. 2(ii) holds for language models, whose chi2 depends on the prefix.",
+        "false",
+        "its error has either sign and can grow exponentially in t",
+        "Prop. 2(ii), read without its assumption",
+        check_general,
+        true_variance,
+        product_of_marginals,
+        "the formula itself passed off as the variance",
+    ),
+    Claim(
+        "2.uncorrelated",
+        "Cov_b(r_j, r_k) = 0 for j != k; so uncorrelated ratios in data are no evidence for the product formula.",
+        "true if",
+        "absolute continuity",
+        "our own",
+        check_uncorrelated,
+        token_ratio,
+        squared_token_ratio,
+        "squared ratios",
+    ),
+    Claim(
+        "2r.bounds",
+        "With one chi2 = d, Var(rho_H)/Var(rho_t) lies between max(H/t, (1+d)^(H-t)) and (H/t)(1+d)^(H-t).",
+        "true if",
+        "independent tokens with one shared chi2",
+        "sharpens section 3.2",
+        check_bounds,
+        exact_variance_ratio,
+        printed_variance_ratio,
+        "the printed factor (1+d)^(H-t)",
+    ),
+    Claim(
+        "2r.limit",
+        "Var(rho_H)/Var(rho_t) grows as (1+d)^(H-t), tending to H/t as d -> 0.",
+        "false",
+        "as one formula: the factor tends to 1, the ratio to H/t; they are different expressions",
+        "arXiv:2605.07331, section 3.2",
+        check_printed_limit,
+        exact_variance_ratio,
+        printed_variance_ratio,
+        "the printed factor passed off as the ratio",
+    ),
+)
