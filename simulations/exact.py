@@ -646,6 +646,30 @@ class Trajectories:
         return GradientMoments(mean, total, weighted.T @ centred)
 
 
+def _possible_transitions(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """Transitions that either policy can take, ordered by state, and their number per state."""
+    state, action, _, probability = world.mdp.edges
+    either = world.token_probabilities("behavior") + world.token_probabilities("target")
+    order = np.flatnonzero((either[state, action] > 0) & (probability > 0))
+    order = order[np.argsort(state[order], kind="stable")]
+    return order, np.bincount(state[order], minlength=world.mdp.n_states)
+
+
+def trajectory_count(world: World, limit: float = np.inf) -> float:
+    """Number of trajectories that either policy can produce; counting stops once it exceeds `limit`."""
+    state, _, nxt, _ = world.mdp.edges
+    order, fan = _possible_transitions(world)
+    count, finished = (world.mdp.initial > 0).astype(float), 0.0
+    for _ in range(world.mdp.horizon):
+        finished += count[fan == 0].sum()
+        moved = np.zeros(world.mdp.n_states)
+        np.add.at(moved, nxt[order], count[state[order]])
+        count = moved
+        if finished + count.sum() > limit:
+            break
+    return float(finished + count.sum())
+
+
 def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Trajectories:
     """Every trajectory of a world that the behavior or the target policy can produce.
 
@@ -653,26 +677,16 @@ def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Traje
         ValueError: There are more than `limit`; they are counted first, nothing is built.
     """
     mdp = world.mdp
-    state, action, nxt, probability = mdp.edges
-    either = world.token_probabilities("behavior") + world.token_probabilities("target")
-    possible = (either[state, action] > 0) & (probability > 0)
-    order = np.flatnonzero(possible)
-    order = order[np.argsort(state[order], kind="stable")]
-    fan = np.bincount(state[order], minlength=mdp.n_states)
+    if trajectory_count(world, limit) > limit:
+        raise ValueError(
+            f"horizon: {mdp.horizon} tokens in world {world.name!r} make more than {limit} trajectories, "
+            "too many to enumerate; use gradient_moments or ratio_moments (dynamic programming), or "
+            "Monte Carlo"
+        )
+    _, action, nxt, probability = mdp.edges
+    order, fan = _possible_transitions(world)
     first = np.concatenate([[0], np.cumsum(fan)[:-1]])
     starts = np.flatnonzero(mdp.initial > 0)
-    count, finished = np.bincount(starts, minlength=mdp.n_states).astype(float), 0.0
-    for _ in range(mdp.horizon):
-        finished += count[fan == 0].sum()
-        moved = np.zeros(mdp.n_states)
-        np.add.at(moved, nxt[order], count[state[order]])
-        count = moved
-        if finished + count.sum() > limit:
-            raise ValueError(
-                f"horizon: {mdp.horizon} tokens in world {world.name!r} make more than {limit} trajectories, "
-                "too many to enumerate; use gradient_moments or ratio_moments (dynamic programming), or "
-                "Monte Carlo"
-            )
     states = starts[:, None]
     actions = np.zeros((len(starts), 0), dtype=np.int64)
     environment = mdp.initial[starts]

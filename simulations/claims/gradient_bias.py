@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +14,6 @@ from simulations.claims.martingale import cumulative, reached_under_behavior, re
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, random_trees, two_step
 from simulations.exact import (
-    EstimatorMoments,
     Trajectories,
     advantage_table,
     enumerate_trajectories,
@@ -24,6 +22,7 @@ from simulations.exact import (
     policy_gradient,
     rational_weights,
 )
+from simulations.measure import measure
 from simulations.mdp import (
     World,
     as_numbers,
@@ -309,17 +308,6 @@ TABLE_ONE: dict[str, ctpo.Estimator] = {
 }
 
 
-@dataclass(frozen=True)
-class TableOneRow:
-    """One estimator on one world: relative bias, variance over that of the sequence ratio."""
-
-    world: str
-    estimator: str
-    relative_bias: float
-    relative_variance: float
-    clip_rate: float
-
-
 def table_one_worlds(context: Context) -> list[World]:
     """Worlds of several kinds and divergences, all small enough to enumerate."""
     rng = context.rng("table one")
@@ -335,32 +323,9 @@ def table_one_worlds(context: Context) -> list[World]:
     return worlds
 
 
-def measure_table_one(worlds: list[World], estimators: Mapping[str, ctpo.Estimator | str]) -> list[TableOneRow]:
-    """Exact bias and variance of estimators on worlds, with the exact A^pi."""
-    rows = []
-    for world in worlds:
-        paths = enumerate_trajectories(world)
-        size = float(np.linalg.norm(policy_gradient(world)))
-        found: dict[str, EstimatorMoments] = {
-            name: estimator_moments(world, estimator, trajectories=paths) for name, estimator in estimators.items()
-        }
-        base = estimator_moments(world, TABLE_ONE["sequence"], trajectories=paths).total_variance
-        for name, moments in found.items():
-            rows.append(
-                TableOneRow(
-                    world.name + f", {world.parameters if world.scores is None else 'network'}",
-                    name,
-                    float(np.linalg.norm(moments.bias)) / size,
-                    moments.total_variance / base,
-                    moments.clip_rate,
-                )
-            )
-    return rows
-
-
 def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) -> Iterator[Evidence]:
     """Bias column on every world; variance column under orthogonal scores, and its counterexample."""
-    rows = measure_table_one(table_one_worlds(context), estimators)
+    rows = [row for world in table_one_worlds(context) for row in measure(world, estimators)]
     by_name = {name: [r for r in rows if r.estimator == name] for name in estimators}
     unbiased = max(r.relative_bias for n in ("cumulative", "sequence") for r in by_name[n])
     least = {n: min(r.relative_bias for r in by_name[n]) for n in by_name if n not in ("cumulative", "sequence")}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 Verdict = Literal["true", "true if", "false"]
-Engine = Literal["enumeration", "dynamic programming", "Monte Carlo", "closed form"]
+Engine = Literal["enumeration", "dynamic programming", "Monte Carlo", "closed form", "recorded"]
 
 
 @dataclass(frozen=True)

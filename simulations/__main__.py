@@ -1,0 +1,245 @@
+"""Command line: `python -m simulations list | verify | run | record`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import joblib
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import ctpo
+from simulations import mdp, results, toy_lm, traces
+from simulations.claims import CLAIMS, Context, Outcome, verify
+from simulations.exact import AdvantageKind
+from simulations.mdp import World
+from simulations.measure import measure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 if all went as expected."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations", description="Check claims about importance ratios, exactly where that is possible."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    listing = commands.add_parser("list", help="list the claims")
+    listing.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
+
+    verifying = commands.add_parser("verify", help="check every claim, print the table, write results/verification.json")
+    verifying.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
+    verifying.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
+    verifying.add_argument("--seed", type=_natural, default=0, help="root seed (default 0)")
+    verifying.add_argument("--quick", action="store_true", help="fewer random worlds and samples")
+    verifying.add_argument("--output", type=Path, help="folder for result files (default: results)")
+
+    running = commands.add_parser("run", help="measure estimators on a world of your choice")
+    _add_run_options(running)
+
+    recording = commands.add_parser("record", help="record log-probability traces of a language model")
+    _add_record_options(recording)
+
+    options = parser.parse_args(arguments)
+    try:
+        return int(COMMANDS[options.command](options))
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; no result file was changed", file=sys.stderr)
+        return 130
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text}")
+    return value
+
+
+def selected(only: Sequence[str] | None) -> list[str]:
+    """Claim ids that start with one of the given prefixes, in order."""
+    if not only:
+        return list(CLAIMS)
+    for prefix in only:
+        if not any(_matches(identifier, prefix) for identifier in CLAIMS):
+            raise ValueError(f"--only: no claim {prefix!r}; the claims are {', '.join(CLAIMS)}")
+    return [identifier for identifier in CLAIMS if any(_matches(identifier, prefix) for prefix in only)]
+
+
+def _matches(identifier: str, prefix: str) -> bool:
+    return identifier == prefix or identifier.split(".")[0] == prefix
+
+
+def list_claims(options: argparse.Namespace) -> int:
+    """Print the registry."""
+    rows = [
+        {"claim": c.id, "verdict": c.verdict, "statement": c.statement, "assumptions": c.assumptions}
+        for c in (CLAIMS[identifier] for identifier in selected(options.only))
+    ]
+    results.console().print(results.plain_table("Claims", rows))
+    return 0
+
+
+def _verify_one(identifier: str, context: Context) -> Outcome:
+    claim = CLAIMS[identifier]
+    start = time.perf_counter()
+    try:
+        return verify(claim, context)
+    except Exception:  # a check that crashes is a miss of that claim, not the end of the run
+        return Outcome(
+            claim.id,
+            claim.statement,
+            claim.verdict,
+            f"the check raised: {traceback.format_exc(limit=-3)}",
+            claim.source,
+            [],
+            claim.control_name,
+            False,
+            False,
+            time.perf_counter() - start,
+        )
+
+
+def verify_claims(options: argparse.Namespace) -> int:
+    """Check the selected claims in parallel, print the table and write the result files."""
+    from simulations import findings
+
+    identifiers = selected(options.only)
+    context = Context(options.seed, options.quick)
+    console = results.console()
+    start = time.perf_counter()
+    outcomes: dict[str, Outcome] = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("verifying", total=len(identifiers))
+        parallel = joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")
+        for outcome in parallel(joblib.delayed(_verify_one)(identifier, context) for identifier in identifiers):
+            outcomes[outcome.id] = outcome
+            progress.update(task, advance=1, description=f"checked {outcome.id}")
+    claims = [outcomes[identifier].as_dict() for identifier in identifiers]
+    data: dict[str, Any] = {
+        "provenance": results.provenance(
+            {"seed": options.seed, "quick": options.quick, "only": options.only, "jobs": options.jobs}
+        ),
+        "claims": claims,
+        "findings": findings.tables(),
+        "series": findings.series(context),
+    }
+    data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
+    console.print(results.claims_table(claims))
+    for section in data["findings"]:
+        console.print(results.plain_table(section["title"], section["rows"]))
+        console.print(section["note"], style="dim")
+    folder = options.output or results.RESULTS
+    results.write_json(folder / "verification.json", data)
+    results.write_text(folder / "verification.md", results.markdown_report(data))
+    missed = [c["id"] for c in claims if not c["passed"]]
+    console.print(
+        f"{len(claims) - len(missed)} of {len(claims)} claims verified in {data['provenance']['seconds']:.0f} s; "
+        f"details in {_shown(folder / 'verification.md')}"
+        + (f"; [bold red]missed: {', '.join(missed)}[/]" if missed else "")
+    )
+    return 1 if missed else 0
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+WORLDS = ("tree", "bigram", "trigram", "chain", "transformer")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world", choices=WORLDS, default="bigram", help="kind of world (default bigram)")
+    parser.add_argument("--horizon", type=_positive, default=6, help="largest number of tokens (default 6)")
+    parser.add_argument("--step", type=float, default=1.0, help="how far the target is from the behavior policy")
+    parser.add_argument(
+        "--estimators", nargs="+", metavar="NAME", help=f"of {', '.join(ctpo.ESTIMATORS)} (default: all)"
+    )
+    parser.add_argument("--advantage", choices=get_args(AdvantageKind), default="A_target")
+    parser.add_argument("--outcome", action="store_true", help="multiply the advantage by the outcome reward")
+    parser.add_argument("--samples", type=_positive, default=100_000, help="if the world cannot be enumerated")
+    parser.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--seed", type=_natural, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+
+
+def chosen_world(options: argparse.Namespace) -> World:
+    """The world that the options of `run` describe."""
+    rng = np.random.default_rng(options.seed)
+    horizon, step = options.horizon, options.step
+    if options.world == "tree":
+        return mdp.random_tree(rng, n_actions=3, horizon=horizon, exact=False)
+    if options.world == "bigram":
+        return mdp.bigram(rng, n_tokens=3, horizon=horizon, step=step)
+    if options.world == "trigram":
+        return toy_lm.fitted_ngram(rng, order=3, horizon=horizon, step=step)
+    if options.world == "chain":
+        return mdp.random_chain(rng, n_states=8, n_actions=4, horizon=horizon, step=step)
+    return toy_lm.load_transformer_world()
+
+
+def run_measurement(options: argparse.Namespace) -> int:
+    """Measure estimators on one world and print a row for each."""
+    names = options.estimators or list(ctpo.ESTIMATORS)
+    rows = [
+        asdict(row)
+        for row in measure(
+            chosen_world(options),
+            {name: ctpo.get_estimator(name) for name in names},
+            options.advantage,
+            outcome=options.outcome,
+            samples=options.samples,
+            seed=options.seed,
+            jobs=options.jobs,
+        )
+    ]
+    world = rows[0]["world"]
+    shown = [{key.replace("_", " "): value for key, value in row.items() if key != "world"} for row in rows]
+    results.console().print(results.plain_table(f"{world}, advantage {options.advantage}", shown))
+    if options.output is not None:
+        settings = {key: value for key, value in vars(options).items() if key not in ("command", "output")}
+        results.write_json(options.output, {"provenance": results.provenance(settings), "rows": rows})
+    return 0
+
+
+def _add_record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=traces.TRACES, help="file to write (default: the committed one)")
+    parser.add_argument("--seed", type=_natural, default=0)
+    parser.add_argument("--threads", type=_positive, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--responses", type=_positive, default=16, help="sampled for each prompt, even (default 16)")
+    parser.add_argument("--tokens", type=_positive, default=256, help="most new tokens of a response (default 256)")
+
+
+def record_traces(options: argparse.Namespace) -> int:
+    """Record traces of SmolLM2-135M-Instruct; takes about half an hour on two cores."""
+    settings = traces.RecordSettings(
+        seed=options.seed, threads=options.threads, responses=options.responses, tokens=options.tokens
+    )
+    recorded = traces.record(options.output, settings=settings)
+    print(f"{len(recorded)} traces written to {_shown(options.output)}")
+    return 0
+
+
+COMMANDS = {"list": list_claims, "verify": verify_claims, "run": run_measurement, "record": record_traces}
+
+if __name__ == "__main__":
+    sys.exit(main())
