@@ -50,6 +50,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ctpo.advantages import group_relative
+
 if TYPE_CHECKING:
     import torch
 
@@ -527,7 +529,7 @@ class RecordSettings:
     temperatures: tuple[float, ...] = (0.98, 1.02)
     noise: float = 0.003
     top_p: float = 0.9
-    updates: tuple[int, ...] = (1, 4, 8, 16, 32)
+    updates: tuple[int, ...] = (1, 4, 8, 16)
     learning_rate: float = 2e-6
 
     def __post_init__(self) -> None:
@@ -538,7 +540,7 @@ class RecordSettings:
         for name, fine, allowed in (
             ("seed", integer(self.seed, 0), "integers from 0"),
             ("threads", integer(self.threads, 1), "integers from 1"),
-            ("responses", integer(self.responses, 2) and self.responses % 2 == 0, "even integers from 2"),
+            ("responses", integer(self.responses, 4) and self.responses % 2 == 0, "even integers from 4"),
             ("tokens", integer(self.tokens, 1), "integers from 1"),
             ("batch", integer(self.batch, 2), "integers from 2"),
             ("temperatures", all(0 < x < math.inf for x in scales), "positive numbers"),
@@ -572,8 +574,8 @@ def record(
     .. math:: \frac{1}{\sum_i |o_i|} \sum_i A_i \sum_t \nabla \log \pi(a_{i,t} | s_{i,t})
 
     over one trained-on response of every prompt; every pass takes the same mini-batches in the same order.
-    :math:`A_i` is the reward less its mean, over its standard deviation, among the trained-on responses of
-    the prompt. Held-out responses have theirs among themselves, so nothing of them enters an update.
+    :math:`A_i` is relative to the group of the prompt's trained-on responses, scaled by its standard
+    deviation. The held-out responses are a group of their own, so nothing of them enters an update.
 
     Args:
         output: File to write; while recording, what is complete stands beside it as ``<output>.partial``.
@@ -796,9 +798,6 @@ class _Recording:
         """Return the fields of `Trace` that all traces of a sample share."""
         import torch
 
-        count = len(self.prompts)
-        prompt = np.repeat(np.arange(count), self.settings.responses)
-        trained = np.tile(np.arange(self.settings.responses) < self.settings.responses // 2, count)
         rewards = []
         for ids, length in zip(*sample.sequences(), strict=True):
             text = ids[length:].tolist()
@@ -806,12 +805,14 @@ class _Recording:
                 text.pop()
             rewards.append(self.reward(self.tokenizer.decode(text)))
         pairs = zip(sample.ids, sample.prompt_lengths, strict=True)
+        # Each half of a prompt's responses is a group of its own.
+        halves = np.reshape(rewards, (-1, self.settings.responses // 2))
         return {
             "mask": sample.mask,
             "behavior_logp": np.where(sample.mask, behavior_logp, np.nan),
-            "prompt": prompt,
-            "rewards": np.array(rewards),
-            "advantages": _standardized(np.array(rewards), 2 * prompt + trained),
+            "prompt": np.repeat(np.arange(len(self.prompts)), self.settings.responses),
+            "rewards": halves.ravel(),
+            "advantages": group_relative(halves, scale_by_std=True).ravel(),
             "tokens": torch.cat([ids[:, length:] for ids, length in pairs]).numpy().astype(np.int32),
         }
 
@@ -846,16 +847,6 @@ def _with_parameters(model: Any, change: Callable[[torch.Tensor], torch.Tensor])
             weight.data = change(weight.data)
             weight.requires_grad_(True)
     return copied
-
-
-def _standardized(rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return the reward less its group's mean, over its group's standard deviation; 0 where that is 0."""
-    advantages = np.zeros(rewards.shape)
-    for one in np.unique(group):
-        centered = rewards[group == one] - rewards[group == one].mean()
-        spread = math.sqrt((centered**2).sum() / max(len(centered) - 1, 1))
-        advantages[group == one] = centered / spread if spread > 0 else 0.0
-    return advantages
 
 
 def _smollm2() -> tuple[Any, Any, dict[str, Any]]:
