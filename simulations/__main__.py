@@ -13,7 +13,14 @@ from typing import Any, get_args
 
 import joblib
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 import ctpo
 from simulations import mdp, results, toy_lm, traces
@@ -26,14 +33,17 @@ from simulations.measure import measure
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 if all went as expected."""
     parser = argparse.ArgumentParser(
-        prog="python -m simulations", description="Check claims about importance ratios, exactly where that is possible."
+        prog="python -m simulations",
+        description="Check claims about importance ratios, exactly where that is possible.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     listing = commands.add_parser("list", help="list the claims")
     listing.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
 
-    verifying = commands.add_parser("verify", help="check every claim, print the table, write results/verification.json")
+    verifying = commands.add_parser(
+        "verify", help="check every claim, print the table, write results/verification.json"
+    )
     verifying.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
     verifying.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
     verifying.add_argument("--seed", type=_natural, default=0, help="root seed (default 0)")
@@ -124,7 +134,13 @@ def verify_claims(options: argparse.Namespace) -> int:
     console = results.console()
     start = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("verifying", total=len(identifiers))
         parallel = joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")

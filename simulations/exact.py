@@ -47,10 +47,12 @@ class _EdgeMatrix:
         self.rows, self.columns, self.values, self.size = rows, columns, values, size
 
     def __matmul__(self, vector: np.ndarray) -> np.ndarray:
-        result = zeros((self.size, *vector.shape[1:]), True)
-        values = self.values.reshape(-1, *[1] * (vector.ndim - 1))
-        np.add.at(result, self.rows, values * vector[self.columns])
-        return result
+        width = vector.size // len(vector)
+        flat = vector.reshape(-1, width)[self.columns]
+        entry, place = np.nonzero(flat)  # blocks of other states are mostly 0, and Fractions are slow
+        result = zeros((self.size, width), True)
+        np.add.at(result, (self.rows[entry], place), self.values[entry] * flat[entry, place])
+        return result.reshape(self.size, *vector.shape[1:])
 
     @property
     def T(self) -> _EdgeMatrix:
@@ -128,9 +130,7 @@ def _next_state_expectation(world: World) -> Callable[[np.ndarray], np.ndarray]:
     shape = (world.mdp.n_states, world.mdp.n_actions)
     if not world.exact:
         rows = state * shape[1] + action
-        matrix = _compact(
-            scipy.sparse.csr_array((probability, (rows, nxt)), shape=(shape[0] * shape[1], shape[0]))
-        )
+        matrix = _compact(scipy.sparse.csr_array((probability, (rows, nxt)), shape=(shape[0] * shape[1], shape[0])))
         return lambda vector: (matrix @ vector).reshape(shape)
 
     def expect(vector: np.ndarray) -> np.ndarray:
@@ -165,9 +165,7 @@ def advantage_table(world: World, advantage: AdvantageKind | np.ndarray) -> np.n
             table = found.advantage if letter == "A" else found.q
     table = np.where(world.mdp.policy_states[:, None], table, 0)
     if not world.exact and not np.all(np.isfinite(table)):
-        raise ValueError(
-            f"advantage: must be finite where the policy writes, got {table[~np.isfinite(table)][0]}"
-        )
+        raise ValueError(f"advantage: must be finite where the policy writes, got {table[~np.isfinite(table)][0]}")
     return np.broadcast_to(table, (horizon, n_states, n_actions))
 
 
@@ -193,9 +191,7 @@ def policy_gradient(world: World) -> np.ndarray:
     for h in range(mdp.horizon - 1, -1, -1):
         gradient = step @ gradient.reshape(mdp.n_states, -1)
         gradient = np.asarray(gradient).reshape(mdp.n_states, world.n_blocks, d)
-        gradient[states, world.block(h)] += ((written * table.q[h])[:, :, None] * world.local_scores).sum(
-            axis=1
-        )
+        gradient[states, world.block(h)] += ((written * table.q[h])[:, :, None] * world.local_scores).sum(axis=1)
     return (mdp.initial[:, None, None] * gradient).sum(axis=0).ravel()
 
 
@@ -327,9 +323,7 @@ def _phases(level: str, window: int | None, horizon: int) -> _Phases:
         if window >= horizon - 1 + least:
             level = "cumulative" if level == "window" else "sequence"
     elif window is not None:
-        raise ValueError(
-            f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}"
-        )
+        raise ValueError(f"window: only for the levels 'window' and 'lookahead', got {window!r} with level {level!r}")
     if level == "none":
         return _Phases(1, ((0, 0, 0),), ((0, 0, 0),), ((0, 0),))
     if level == "token":
@@ -340,9 +334,7 @@ def _phases(level: str, window: int | None, horizon: int) -> _Phases:
         return _Phases(1, ((0, 0, 1),), ((0, 0, 1),), ((0, 1),))
     if level == "lookahead" and window is not None:
         # After emission `window` more tokens carry r, counted down to the phase 0 that carries nothing.
-        return _Phases(
-            1, ((0, 0, 1),), ((0, window, 1),), ((0, 0), *((c - 1, 1) for c in range(1, window + 1)))
-        )
+        return _Phases(1, ((0, 0, 1),), ((0, window, 1),), ((0, 0), *((c - 1, 1) for c in range(1, window + 1))))
     if level == "window" and window is not None:
         # Phase 0 waits; phase c has c tokens of the window left. A stream may begin in a window cut short.
         if window == 1:
@@ -362,6 +354,18 @@ class GradientMoments:
     mean: np.ndarray
     total_variance: Any
     covariance: np.ndarray | None = None
+
+
+def gradient_mean(
+    world: World,
+    level: str,
+    advantage: AdvantageKind | np.ndarray = "A_target",
+    *,
+    window: int | None = None,
+    outcome: bool = False,
+) -> np.ndarray:
+    """The mean (D,) alone of `gradient_moments`, which is much cheaper than its second moment."""
+    return _Recursion(world, level, advantage, window, outcome).mean()
 
 
 @np.errstate(over="ignore", invalid="ignore")  # an overflow is refused at the end
@@ -390,103 +394,124 @@ def gradient_moments(
         ValueError: Unknown level or advantage, an advantage of the wrong shape or not finite where the policy
             writes, a window missing or out of place, or a second moment too large for float64.
     """
-    phases = _phases(level, window, world.mdp.horizon)
-    mdp, exact = world.mdp, world.exact
-    horizon, n_states, n_blocks = mdp.horizon, mdp.n_states, world.n_blocks
-    table = advantage_table(world, advantage)
-    local = world.local_scores
-    d = local.shape[2]
-    norms = (local**2).sum(axis=2)
-    coefficient = _power_coefficients(world)
-    move = [_operator(world, c) for c in coefficient]
-    rest = None
-    if not np.all(mdp.policy_states):
-        tool = np.where((mdp.kind == TOOL)[:, None], mdp.tool, 0)
-        rest = _operator(world, tool, keep_end=True)
-    expect = _next_state_expectation(world)
-    expect_block = _next_block_expectation(world, d)
-    edge_state, edge_action, edge_next, edge_probability = mdp.edges
-
-    def stay(vector: np.ndarray) -> np.ndarray | int:
-        """What non-policy states pass on: no phase moves there."""
-        return 0 if rest is None else _apply(rest, vector)
-
-    alone, pairs = _forward_pass(world, phases, move, rest)
-    n_after = len(phases.after)
-    zero = zeros(n_states, exact)
-    end_value = mdp.outcome if outcome else zero + 1
-    tail = [end_value for _ in range(n_after)]
-    tail_pairs = {(j, k): end_value * end_value for j in range(n_after) for k in range(n_after)}
-    pending = {
-        (j, i): zeros((n_states, n_blocks, d), exact) for j in range(n_after) for i in range(phases.n_before)
-    }
-    mean = zeros((n_blocks, d), exact)
-    trace: Any = Fraction(0) if exact else 0.0
-    full = zeros((n_blocks, d, n_blocks * d), exact) if covariance else None
-    states = np.arange(n_states)
-    for h in range(horizon - 1, -1, -1):
-        advantage_h, block = table[h], world.block(h)
-        tail_next = [expect(value) for value in tail]
-        pairs_next = {key: expect(value) for key, value in tail_pairs.items()}
-        for i, j, p in phases.emit:
-            weight = alone[h][i][:, None] * coefficient[p] * advantage_h * tail_next[j]
-            np.add.at(mean, block, (weight[:, :, None] * local).sum(axis=1))
-        for i, j, p in phases.emit:
-            # Copy one emits here. Copy two emits here too, or moves on and emits later (twice, by symmetry).
-            for i2, j2, p2 in phases.emit:
-                weight = pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h**2 * pairs_next[j, j2]
-                trace = trace + (weight * norms).sum()
-                if full is not None:
-                    outer = (weight[:, :, None, None] * local[:, :, :, None] * local[:, :, None, :]).sum(
-                        axis=1
-                    )
-                    view = full.reshape(n_blocks, d, n_blocks, d)
-                    for s in states:
-                        view[block[s], :, block[s], :] += outer[s]
-            for i2, k2, p2 in phases.carry:
-                weight = pairs[h][i, i2][:, None] * coefficient[p + p2] * advantage_h
-                later = pending[j, k2]
-                trace = trace + 2 * (weight * (local * expect_block(later, block)).sum(axis=2)).sum()
-                if full is not None:
-                    edge_weight = weight[edge_state, edge_action] * edge_probability
-                    flat = later.reshape(n_states, -1)[edge_next]
-                    left = edge_weight[:, None] * local[edge_state, edge_action]
-                    cross = zeros(full.shape, exact)
-                    np.add.at(cross, block[edge_state], left[:, :, None] * flat[:, None, :])
-                    full += cross + cross.reshape(n_blocks * d, -1).T.reshape(full.shape)
-        previous = {}
-        for (j, i), value in pending.items():
-            j_next, q = phases.after[j]
-            total = stay(value) + zeros(value.shape, exact)
-            for i2, k2, p2 in phases.carry:
-                if i2 == i:
-                    total = total + _apply(move[q + p2], pending[j_next, k2])
-            for i2, j2, p2 in phases.emit:
-                if i2 == i:
-                    weight = coefficient[q + p2] * advantage_h * pairs_next[j_next, j2]
-                    total[states, block] += (weight[:, :, None] * local).sum(axis=1)
-            previous[j, i] = total
-        pending = previous
-        tail = [_apply(move[q], tail[n]) + stay(tail[j]) for j, (n, q) in enumerate(phases.after)]
-        tail_pairs = {
-            (j, k): _apply(
-                move[phases.after[j][1] + phases.after[k][1]],
-                tail_pairs[phases.after[j][0], phases.after[k][0]],
-            )
-            + stay(value)
-            for (j, k), value in tail_pairs.items()
-        }
-    mean = mean.ravel()
+    recursion = _Recursion(world, level, advantage, window, outcome)
+    mean = recursion.mean()
+    trace, full = recursion.second_moment(covariance)
     total_variance = trace - (mean**2).sum()
-    if not exact and not np.isfinite(total_variance):
+    if not world.exact and not np.isfinite(total_variance):
         raise ValueError(
-            f"level: the second moment at level {level!r} over {horizon} tokens exceeds float64; shorten "
+            f"level: the second moment at level {level!r} over {world.mdp.horizon} tokens exceeds float64; shorten "
             "the horizon, or use ratio_moments, which works in logarithms"
         )
-    if full is None:
-        return GradientMoments(mean, total_variance)
-    square = full.reshape(n_blocks * d, n_blocks * d)
-    return GradientMoments(mean, total_variance, square - mean[:, None] * mean[None, :])
+    return GradientMoments(mean, total_variance, None if full is None else full - mean[:, None] * mean[None, :])
+
+
+class _Recursion:
+    """The forward and backward passes behind `gradient_moments`."""
+
+    def __init__(
+        self,
+        world: World,
+        level: str,
+        advantage: AdvantageKind | np.ndarray,
+        window: int | None,
+        outcome: bool,
+    ) -> None:
+        self.world, self.mdp, self.exact = world, world.mdp, world.exact
+        self.phases = _phases(level, window, world.mdp.horizon)
+        self.table = advantage_table(world, advantage)
+        self.local = world.local_scores
+        self.coefficient = _power_coefficients(world)
+        self.move = [_operator(world, c) for c in self.coefficient]
+        self.rest = None
+        if not np.all(self.mdp.policy_states):
+            tool = np.where((self.mdp.kind == TOOL)[:, None], self.mdp.tool, 0)
+            self.rest = _operator(world, tool, keep_end=True)
+        self.end_value = self.mdp.outcome if outcome else zeros(self.mdp.n_states, self.exact) + 1
+        self.expect = _next_state_expectation(world)
+
+    def moved(self, power: int, vector: np.ndarray, resting: np.ndarray) -> np.ndarray:
+        """One step back in time: a policy token with weight r^power, or in other states no change of phase."""
+        result = _apply(self.move[power], vector)
+        return result if self.rest is None else result + _apply(self.rest, resting)
+
+    def mean(self) -> np.ndarray:
+        """E Y, (D,)."""
+        phases, world = self.phases, self.world
+        before = _forward_pass(world, self.move, self.rest, phases.n_before, phases.carry)
+        mean = zeros((world.n_blocks, self.local.shape[2]), self.exact)
+        tail = [self.end_value for _ in phases.after]
+        for h in range(self.mdp.horizon - 1, -1, -1):
+            for i, j, p in phases.emit:
+                weight = before[h][i][:, None] * self.coefficient[p] * self.table[h] * self.expect(tail[j])
+                np.add.at(mean, world.block(h), (weight[:, :, None] * self.local).sum(axis=1))
+            tail = [self.moved(q, tail[n], tail[j]) for j, (n, q) in enumerate(phases.after)]
+        return mean.ravel()
+
+    def second_moment(self, covariance: bool) -> tuple[Any, np.ndarray | None]:
+        """Trace of E[Y Y^T] and, if asked for, all of it, (D, D)."""
+        phases, world, exact, local = self.phases, self.world, self.exact, self.local
+        n_states, n_blocks, d = self.mdp.n_states, world.n_blocks, local.shape[2]
+        n_before, n_after = phases.n_before, len(phases.after)
+        # A pair of phases (i, k) of two copies is the phase i * n_before + k of the pair.
+        pair_carry = tuple(
+            (i * n_before + i2, k * n_before + k2, p + p2) for i, k, p in phases.carry for i2, k2, p2 in phases.carry
+        )
+        before = _forward_pass(world, self.move, self.rest, n_before**2, pair_carry)
+        norms = (local**2).sum(axis=2)
+        expect_block = _next_block_expectation(world, d)
+        edge_state, edge_action, edge_next, edge_probability = self.mdp.edges
+        states = np.arange(n_states)
+        both_after = {(j, k): self.end_value * self.end_value for j in range(n_after) for k in range(n_after)}
+        # Copy one has emitted and is in phase j, copy two is in phase i and its terms are still to come.
+        pending = {(j, i): zeros((n_states, n_blocks, d), exact) for j in range(n_after) for i in range(n_before)}
+        trace: Any = Fraction(0) if exact else 0.0
+        full = zeros((n_blocks, d, n_blocks, d), exact) if covariance else None
+        for h in range(self.mdp.horizon - 1, -1, -1):
+            advantage, block = self.table[h], world.block(h)
+            both_next = {key: self.expect(value) for key, value in both_after.items()}
+            for i, j, p in phases.emit:
+                # Copy one emits here. Copy two does too, or moves on and emits later (twice, by symmetry).
+                for i2, j2, p2 in phases.emit:
+                    joint = before[h][i * n_before + i2][:, None] * self.coefficient[p + p2]
+                    weight = joint * advantage**2 * both_next[j, j2]
+                    trace = trace + (weight * norms).sum()
+                    if full is not None:
+                        outer = ((weight[:, :, None] * local)[:, :, :, None] * local[:, :, None, :]).sum(axis=1)
+                        for s in states:
+                            full[block[s], :, block[s], :] += outer[s]
+                for i2, k2, p2 in phases.carry:
+                    weight = before[h][i * n_before + i2][:, None] * self.coefficient[p + p2] * advantage
+                    later = pending[j, k2]
+                    trace = trace + 2 * (weight * (local * expect_block(later, block)).sum(axis=2)).sum()
+                    if full is not None:
+                        left = (weight[edge_state, edge_action] * edge_probability)[:, None]
+                        left = left * local[edge_state, edge_action]
+                        cross = zeros(full.shape, exact)
+                        np.add.at(cross, block[edge_state], left[:, :, None, None] * later[edge_next][:, None])
+                        full += cross + cross.transpose(2, 3, 0, 1)
+            previous = {}
+            for j, (j_next, q) in enumerate(phases.after):
+                for i in range(n_before):
+                    moves = [_apply(self.move[q + p], pending[j_next, k]) for i2, k, p in phases.carry if i2 == i]
+                    if self.rest is not None:
+                        moves.append(_apply(self.rest, pending[j, i]))
+                    total = sum(moves[1:], moves[0]) if moves else zeros((n_states, n_blocks, d), exact)
+                    for i2, j2, p in phases.emit:
+                        if i2 == i:
+                            weight = self.coefficient[q + p] * advantage * both_next[j_next, j2]
+                            total[states, block] += (weight[:, :, None] * local).sum(axis=1)
+                    previous[j, i] = total
+            pending = previous
+            both_after = {
+                (j, k): self.moved(
+                    phases.after[j][1] + phases.after[k][1],
+                    both_after[phases.after[j][0], phases.after[k][0]],
+                    value,
+                )
+                for (j, k), value in both_after.items()
+            }
+        return trace, None if full is None else full.reshape(n_blocks * d, n_blocks * d)
 
 
 def _apply(matrix: Any, vector: np.ndarray) -> np.ndarray:
@@ -516,35 +541,27 @@ def _next_block_expectation(world: World, d: int) -> Callable[[np.ndarray, np.nd
 
 
 def _forward_pass(
-    world: World, phases: _Phases, move: list[Any], rest: Any
-) -> tuple[list[list[np.ndarray]], list[dict[tuple[int, int], np.ndarray]]]:
-    """Weight, by step and state, of being in each phase and pair of phases before emission, under b."""
-    n, horizon = phases.n_before, world.mdp.horizon
-    stored = horizon * n * (n + 1) * world.mdp.n_states * 8
+    world: World, move: list[Any], rest: Any, n_phases: int, carry: tuple[tuple[int, int, int], ...]
+) -> list[list[np.ndarray]]:
+    """Expected weight of being in each phase, by step and state, before anything is emitted."""
+    horizon = world.mdp.horizon
+    stored = horizon * n_phases * world.mdp.n_states * 8
     if stored > MAX_STORED_BYTES:
         raise ValueError(
-            f"window: {n} phases over {horizon} tokens and {world.mdp.n_states} states need "
-            f"{stored / 2**30:.1f} GiB, "
-            f"at most {MAX_STORED_BYTES / 2**30:.0f} are allowed; take a shorter window or horizon"
+            f"window: {n_phases} phases over {horizon} tokens and {world.mdp.n_states} states need "
+            f"{stored / 2**30:.1f} GiB, at most {MAX_STORED_BYTES / 2**30:.0f} are allowed; take a shorter window "
+            "or horizon"
         )
     backward = [m.T for m in move]
     back_rest = None if rest is None else rest.T
-    initial = world.mdp.initial
-    alone = [[initial for _ in range(n)]]
-    pairs = [{(i, j): initial for i in range(n) for j in range(n)}]
+    weights = [[world.mdp.initial for _ in range(n_phases)]]
     for _ in range(horizon - 1):
-        single, pair = alone[-1], pairs[-1]
-        nothing = initial * 0
-        new_single = [nothing if back_rest is None else back_rest @ value for value in single]
-        for i, k, p in phases.carry:
-            new_single[k] = new_single[k] + backward[p] @ single[i]
-        new_pair = {key: nothing if back_rest is None else back_rest @ value for key, value in pair.items()}
-        for i, k, p in phases.carry:
-            for i2, k2, p2 in phases.carry:
-                new_pair[k, k2] = new_pair[k, k2] + backward[p + p2] @ pair[i, i2]
-        alone.append(new_single)
-        pairs.append(new_pair)
-    return alone, pairs
+        now = weights[-1]
+        new = [value * 0 if back_rest is None else back_rest @ value for value in now]
+        for i, k, p in carry:
+            new[k] = new[k] + backward[p] @ now[i]
+        weights.append(new)
+    return weights
 
 
 # --- enumeration --------------------------------------------------------------------------------------------
@@ -696,9 +713,7 @@ def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Traje
         parent = np.repeat(np.arange(len(here)), children)
         rank = np.arange(len(parent)) - np.repeat(np.cumsum(children) - children, children)
         goes_on = fan[here[parent]] > 0
-        edge = (
-            order[np.where(goes_on, first[here[parent]] + rank, 0)] if len(order) else np.zeros_like(parent)
-        )
+        edge = order[np.where(goes_on, first[here[parent]] + rank, 0)] if len(order) else np.zeros_like(parent)
         token = np.where(goes_on, action[edge], 0)
         by_tool = goes_on & (mdp.kind[here[parent]] == TOOL)
         environment = environment[parent] * np.where(goes_on, probability[edge], 1)

@@ -122,7 +122,8 @@ def series(context: Context) -> dict[str, Any]:
     at = np.unique(np.geomspace(1, horizon, 60).astype(int))
     for name, world in worlds.items():
         moments = ratio_moments(world)
-        assert moments.mean_log is not None and moments.var_log is not None
+        assert moments.mean_log is not None
+        assert moments.var_log is not None
         synthetic.append(
             {
                 "name": name,
@@ -155,7 +156,8 @@ def _exact_against_sampled(context: Context) -> dict[str, Any]:
     horizon, n = 256, context.count(20_000)
     world = random_chain(context.rng("exact against sampled"), n_states=8, n_actions=4, horizon=horizon, step=0.2)
     moments = ratio_moments(world)
-    assert moments.mean_log is not None and moments.var_log is not None
+    assert moments.mean_log is not None
+    assert moments.var_log is not None
     result = estimate(world, RatioByPosition(), n=n, seed=context.sequence("exact against sampled"))
     assert result.variance_error is not None
     return {

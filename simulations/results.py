@@ -34,7 +34,12 @@ def provenance(configuration: Mapping[str, Any]) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
         "versions": {"python": platform.python_version(), **versions},
-        "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count(), "device": "cpu"},
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "device": "cpu",
+        },
         "configuration": dict(configuration),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -106,7 +111,10 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("claim", no_wrap=True)
     table.add_column("statement", ratio=5)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("evidence (E enumeration, DP dynamic programming, MC Monte Carlo, CF closed form, R recorded)", ratio=7)
+    table.add_column(
+        "evidence (E enumeration, DP dynamic programming, MC Monte Carlo, CF closed form, R recorded)",
+        ratio=7,
+    )
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("pass", no_wrap=True)
     for outcome in outcomes:
@@ -120,7 +128,9 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
             evidence.append(f"\nnegative control not rejected: {outcome['control']}", style="bold red")
         passed = Text("yes", style="green") if outcome["passed"] else Text("NO", style="bold red")
         statement = Text(outcome["statement"])
-        statement.append(f"\n{'if' if outcome['verdict'] == 'true if' else 'note'}: {outcome['assumptions']}", style="dim")
+        statement.append(
+            f"\n{'if' if outcome['verdict'] == 'true if' else 'note'}: {outcome['assumptions']}", style="dim"
+        )
         seconds = f"{outcome['seconds']:.1f}"
         table.add_row(outcome["id"], statement, Text(outcome["verdict"]), evidence, seconds, passed)
     return table
@@ -166,8 +176,8 @@ def markdown_report(data: Mapping[str, Any]) -> str:
     text = [
         "# Verification report\n",
         f"{good} of {len(outcomes)} claims verified as expected. A claim with the verdict *false* passes when its "
-        "counterexample is confirmed; every claim also passes a negative control (a deliberately wrong subject that the "
-        "same check must reject).\n",
+        "counterexample is confirmed; every claim also passes a negative control (a deliberately wrong subject that "
+        "the same check must reject).\n",
         f"- commit: {made['commit'] or 'not a git checkout'}{' (with local changes)' if made['dirty'] else ''}",
         f"- finished: {made['finished']}",
         f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, device {machine['device']}",
@@ -177,8 +187,8 @@ def markdown_report(data: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     text += [
-        f"| [{o['id']}](#{_anchor(o['id'])}) {o['statement']} | {o['verdict']} | {'yes' if o['passed'] else '**NO**'} | "
-        f"{o['seconds']:.1f} |"
+        f"| [{o['id']}](#{_anchor(o['id'])}) {o['statement']} | {o['verdict']} | "
+        f"{'yes' if o['passed'] else '**NO**'} | {o['seconds']:.1f} |"
         for o in outcomes
     ]
     for o in outcomes:

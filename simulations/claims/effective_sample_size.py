@@ -22,7 +22,7 @@ SIGMAS = (0.0335, 0.0387, 0.0393)
 
 
 def iid_quarter(horizon: int) -> World:
-    """b = 1/2, pi = 3/4: chi2 = 1/4 at every token."""
+    """B = 1/2, pi = 3/4: chi2 = 1/4 at every token."""
     return independent_tokens([HALF, HALF], [Fraction(1, 4), Fraction(3, 4)], horizon)
 
 

@@ -10,7 +10,16 @@ import numpy as np
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, two_step, with_forbidden_tokens
 from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
-from simulations.mdp import POLICY, World, as_numbers, independent_tokens, policy_table, random_chain, tree, zeros
+from simulations.mdp import (
+    POLICY,
+    World,
+    as_numbers,
+    independent_tokens,
+    policy_table,
+    random_chain,
+    tree,
+    zeros,
+)
 from simulations.monte_carlo import RatioByPosition, estimate, z_scores, z_threshold
 
 #: A process along the stream: from all trajectories to (N, H) values.
@@ -18,7 +27,7 @@ Process = Callable[[Trajectories], np.ndarray]
 
 
 def cumulative(paths: Trajectories) -> np.ndarray:
-    """rho after every token of the stream, stopped at its end."""
+    """Rho after every token of the stream, stopped at its end."""
     return paths.ratio.cumprod(axis=1)
 
 
@@ -68,7 +77,7 @@ def check_martingale(context: Context, process: Process) -> Iterator[Evidence]:
             equalities += len(reached)
             good += int(((now == final) & (now == target))[reached].sum())
     yield Evidence(
-        "E_b rho_t = 1 at every t; on every prefix E_b[rho_H | prefix] = rho_t = P_pi(prefix)/P_b(prefix), as fractions",
+        "E_b rho_t = 1 for all t; E_b[rho_H | prefix] = rho_t = P_pi(prefix)/P_b(prefix) on every prefix, as fractions",
         "enumeration",
         f"{good} of {equalities} equalities on {worlds} random trees",
         good == equalities,
@@ -89,7 +98,8 @@ def check_martingale(context: Context, process: Process) -> Iterator[Evidence]:
 def _monte_carlo_mean(context: Context) -> Evidence:
     world = random_chain(context.rng("martingale mc"), n_states=8, n_actions=4, horizon=64, step=0.12)
     moments = ratio_moments(world)
-    assert moments.var_log is not None and moments.mean_log is not None
+    assert moments.var_log is not None
+    assert moments.mean_log is not None
     n = context.count(40_000)
     result = estimate(world, RatioByPosition(), n=n, seed=context.sequence("martingale mc"), fourth=False)
     expected = np.concatenate([np.ones(64), moments.mean_log[1:]])

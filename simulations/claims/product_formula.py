@@ -31,9 +31,7 @@ def tilted_by_ratio(paths: Trajectories, before: np.ndarray) -> np.ndarray:
     return before
 
 
-def check_recursion(
-    context: Context, tilt: Callable[[Trajectories, np.ndarray], np.ndarray]
-) -> Iterator[Evidence]:
+def check_recursion(context: Context, tilt: Callable[[Trajectories, np.ndarray], np.ndarray]) -> Iterator[Evidence]:
     """E_b rho_t^2 = prod_k (1 + E_tilted chi2(s_k)), without any independence."""
     good = steps = agree = worlds = 0
     for world in random_trees(context, "recursion", 200):
@@ -233,7 +231,15 @@ def printed_variance_ratio(d: Fraction, horizon: int, t: int) -> Fraction:
     return (1 + d) ** (horizon - t)
 
 
-DIVERGENCES = [Fraction(1, 1000), Fraction(1, 100), Fraction(1, 10), Fraction(1, 4), Fraction(1), Fraction(9), Fraction(99)]
+DIVERGENCES = [
+    Fraction(1, 1000),
+    Fraction(1, 100),
+    Fraction(1, 10),
+    Fraction(1, 4),
+    Fraction(1),
+    Fraction(9),
+    Fraction(99),
+]
 
 
 def check_bounds(_context: Context, ratio: Ratio) -> Iterator[Evidence]:

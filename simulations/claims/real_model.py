@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,8 +57,8 @@ def check_mean(_context: Context, select: Callable[[Trace], Trace | None]) -> It
     limit = z_threshold(len(z))
     worst = int(np.argmax(z))
     yield Evidence(
-        f"sample mean of rho_t, t = {', '.join(map(str, POSITIONS))}, targets fixed before sampling (temperature, weight "
-        f"noise, precision, updates on other sequences); tested where Var(log rho_t) <= {LARGEST_VARIANCE}",
+        f"sample mean of rho_t, t = {', '.join(map(str, POSITIONS))}, for targets fixed before sampling (temperature, "
+        f"weight noise, precision, updates on other sequences), where Var(log rho_t) <= {LARGEST_VARIANCE}",
         "recorded",
         f"largest |z| {z[worst]:.2f} of {len(z)} (limit {limit:.2f}), {names[worst]}; {skipped} too spread to test",
         bool(z[worst] < limit),
@@ -85,11 +86,11 @@ def check_truncation(_context: Context, select: Callable[[dict[str, Trace]], lis
         # Rounding in the recorded float32 log-probabilities leaves about 1e-5.
         inside = bool(tokens.max() <= 1e-4 and tokens.min() >= np.log(max(top_p, 1e-300)) - 1e-4)
         yield Evidence(
-            f"{trace.name}: token ratios lie in [top_p, 1]; sample mean of rho_t at t = {', '.join(map(str, POSITIONS))}",
+            f"{trace.name}: token ratios are in [top_p, 1]; mean of rho_t at t = {', '.join(map(str, POSITIONS))}",
             "recorded",
             f"token ratios {np.exp(tokens.min()):.4f} to {np.exp(tokens.max()):.4f}; means "
             + ", ".join(f"{m:.2g}" for m in means),
-            inside and means[-1] < 1 and all(b <= a + 1e-6 for a, b in zip(means, means[1:], strict=False)),
+            inside and means[-1] < 1 and all(b <= a + 1e-6 for a, b in pairwise(means)),
             {"smallest": float(np.exp(tokens.min())), "largest": float(np.exp(tokens.max())), "means": means},
         )
 
