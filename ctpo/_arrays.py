@@ -19,27 +19,25 @@ Namespace = Any
 DType = Any
 
 
-def namespace(**arrays: Array | None) -> Namespace:
-    """Array API namespace common to the named arrays; None entries are skipped."""
-    given = {name: x for name, x in arrays.items() if x is not None}
+def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **required: Array) -> Namespace:
+    """Array API namespace common to the named arrays, of which mask and turn_ids may be None."""
+    optional = {"mask": mask, "turn_ids": turn_ids}
+    given = required | {name: x for name, x in optional.items() if x is not None}
     for name, x in given.items():
         if not array_api_compat.is_array_api_obj(x):
             raise ValueError(
-                f"{name} must be an array of NumPy, torch, JAX or another array API library; "
-                f"got {type(x).__name__}"
+                f"{name} must be an array of NumPy, torch, JAX or another array API library; got {type(x).__name__}"
             )
     try:
         return array_api_compat.array_namespace(*given.values())
     except TypeError:
         kinds = ", ".join(f"{name}: {type(x).__module__}.{type(x).__name__}" for name, x in given.items())
-        raise ValueError(
-            f"{', '.join(given)} must be arrays of one and the same library; got {kinds}"
-        ) from None
+        raise ValueError(f"{', '.join(given)} must be arrays of one and the same library; got {kinds}") from None
 
 
-def working_dtype(xp: Namespace, *arrays: Array | None) -> DType:
+def working_dtype(xp: Namespace, *arrays: Array) -> DType:
     """Widest floating dtype of the arrays, float32 at least; integer and boolean arrays do not count."""
-    floating = [x.dtype for x in arrays if x is not None and xp.isdtype(x.dtype, "real floating")]
+    floating = [x.dtype for x in arrays if xp.isdtype(x.dtype, "real floating")]
     return xp.result_type(*floating, xp.float32)
 
 
@@ -49,17 +47,17 @@ def default_float(xp: Namespace, x: Array) -> DType:
     return info.default_dtypes(device=array_api_compat.device(x))["real floating"]
 
 
-def check_floating(xp: Namespace, **arrays: Array | None) -> None:
+def check_floating(xp: Namespace, **arrays: Array) -> None:
     """Raise unless every named array has a real floating dtype."""
     for name, x in arrays.items():
-        if x is not None and not xp.isdtype(x.dtype, "real floating"):
+        if not xp.isdtype(x.dtype, "real floating"):
             raise ValueError(f"{name} must have a real floating-point dtype; got {x.dtype}")
 
 
-def check_numeric(xp: Namespace, **arrays: Array | None) -> None:
+def check_numeric(xp: Namespace, **arrays: Array) -> None:
     """Raise unless every named array is boolean, integer or real floating."""
     for name, x in arrays.items():
-        if x is not None and not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
+        if not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
             raise ValueError(f"{name} must have a real dtype (floating, integer or bool); got {x.dtype}")
 
 
@@ -91,9 +89,10 @@ def check_mask(xp: Namespace, mask: Array | None, shape: tuple[int, ...], like: 
 def check_finite(
     xp: Namespace, name: str, x: Array, mask: Array | None, *, where: str, minus_infinity: bool = False
 ) -> None:
-    """Raise if an entry where `mask` is True is NaN or infinite, naming the first; -inf can be allowed.
+    """Raise if an entry where `mask` is True is NaN or infinite (-inf may be allowed), naming the first.
 
-    Nothing is looked at unless that is free: on an accelerator or in a trace it would force a synchronization.
+    Nothing is looked at unless that is free: on an accelerator or in a trace it would force a
+    synchronization.
     """
     if not has_readable_values(x) or 0 in x.shape:
         return

@@ -141,7 +141,7 @@ def per_decision(rewards: Array, logp: Array, behavior_logp: Array, mask: Array 
         >>> per_decision(np.array([1.0, 2.0]), logp, behavior_logp)  # 1 + 1.5 * 2, 2
         array([4., 2.])
     """
-    return _recursive(rewards, logp, behavior_logp, None, None, mask)
+    return _recursive(rewards, logp, behavior_logp, mask)
 
 
 def doubly_robust(
@@ -191,31 +191,24 @@ def doubly_robust(
         >>> doubly_robust(np.array(1.0), logp, behavior_logp, q, v)
         array([0.1875, 0.25  ])
     """
-    return _recursive(rewards, logp, behavior_logp, q, v, mask)
+    return _recursive(rewards, logp, behavior_logp, mask, q=q, v=v)
 
 
-def _recursive(
-    rewards: Array,
-    logp: Array,
-    behavior_logp: Array,
-    q: Array | None,
-    v: Array | None,
-    mask: Array | None,
-) -> Array:
-    """The recursion of `doubly_robust`; a critic that is None is 0."""
-    xp, _, tokens = token_log_ratio(logp, behavior_logp, mask, rewards=rewards, q=q, v=v)
+def _recursive(rewards: Array, logp: Array, behavior_logp: Array, mask: Array | None, **critic: Array) -> Array:
+    """The recursion of `doubly_robust` with the critic's q and v, or with none."""
+    xp, _, tokens = token_log_ratio(logp, behavior_logp, mask, rewards=rewards, **critic)
     rewards = _rewards_by_token(xp, rewards, tokens, mask)
-    term = rewards
-    if q is not None and v is not None:
-        q, v = (_critic(xp, name, x, tokens, mask) for name, x in (("q", q), ("v", v)))
-        term = rewards - q
     ratio = xp.exp(tokens)  # 1 where masked, and the term is 0 there: the recursion passes unchanged
-    term = ratio * term
-    if v is not None:
-        term = v + term
-    after = advance(xp, backward_recurrence(xp, ratio, term), 1, 0.0)
-    advantage = rewards + after
-    return only_where(xp, mask, advantage if v is None else advantage - v)
+    if not critic:
+        return only_where(xp, mask, rewards + _from_next(xp, ratio, ratio * rewards))
+    q, v = (_critic_by_token(xp, name, critic[name], tokens, mask) for name in ("q", "v"))
+    after = _from_next(xp, ratio, v + ratio * (rewards - q))
+    return only_where(xp, mask, rewards + after - v)
+
+
+def _from_next(xp: Namespace, ratio: Array, term: Array) -> Array:
+    """Y_{t+1} at every t, of the recursion Y_t = term_t + r_t Y_{t+1} that ends in 0."""
+    return advance(xp, backward_recurrence(xp, ratio, term), 1, 0.0)
 
 
 def _rewards_by_token(xp: Namespace, rewards: Array, tokens: Array, mask: Array | None) -> Array:
@@ -233,7 +226,7 @@ def _rewards_by_token(xp: Namespace, rewards: Array, tokens: Array, mask: Array 
     return rewards
 
 
-def _critic(xp: Namespace, name: str, x: Array, tokens: Array, mask: Array | None) -> Array:
+def _critic_by_token(xp: Namespace, name: str, x: Array, tokens: Array, mask: Array | None) -> Array:
     """Checked critic values in the dtype of `tokens`, 0 where masked."""
     check_floating(xp, **{name: x})
     check_shape(tuple(tokens.shape), "logp", **{name: x})
@@ -247,9 +240,7 @@ def _group(rewards: Array) -> tuple[Namespace, Array]:
     xp = namespace(rewards=rewards)
     check_numeric(xp, rewards=rewards)
     if rewards.ndim < 1 or rewards.shape[-1] < 2:
-        raise ValueError(
-            f"rewards must have shape (..., G) with G of at least 2 responses; got {tuple(rewards.shape)}"
-        )
+        raise ValueError(f"rewards must have shape (..., G) with G of at least 2 responses; got {tuple(rewards.shape)}")
     floating = xp.isdtype(rewards.dtype, "real floating")
     dtype = xp.result_type(rewards.dtype, xp.float32) if floating else default_float(xp, rewards)
     rewards = xp.astype(rewards, dtype, copy=False)

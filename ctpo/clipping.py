@@ -65,9 +65,7 @@ class RatioClip:
         if self.dual is not None:
             dual = real_number("RatioClip", "dual", self.dual, "a finite number above 1, or None")
             if not 1 < dual < math.inf:
-                raise ValueError(
-                    f"RatioClip: dual must be a finite number above 1, or None; got {self.dual!r}"
-                )
+                raise ValueError(f"RatioClip: dual must be a finite number above 1, or None; got {self.dual!r}")
             object.__setattr__(self, "dual", dual)
 
     def bounds(self, position: Array) -> Bounds:

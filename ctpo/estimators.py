@@ -184,9 +184,7 @@ class Estimator:
             (array([[1.2, 1.2, 2.4]]), array([[False, False, False]]))
         """
         check_turn_ids(self.level, turn_ids)
-        xp, logp, tokens = token_log_ratio(
-            logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages
-        )
+        xp, logp, tokens = token_log_ratio(logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages)
         advantages = _advantages_by_token(xp, advantages, tokens, mask)
         false = xp.zeros_like(tokens, dtype=xp.bool)
         gated = saturated = low = high = dual = false
@@ -209,10 +207,10 @@ class Estimator:
         # 0 times anything is 0 here, also times a ratio that has overflowed and times log 0.
         if self.form in ("cispo", "reinforce"):
             scale = weight * advantages
-            value = xp.where(scale == 0, 0.0, scale * logp)
+            value = scale * xp.where(scale == 0, 0.0, logp)
         else:
             counted = advantages != 0
-            value = xp.where(counted if mask is None else counted & mask, ratio * advantages, 0.0)
+            value = xp.where(counted if mask is None else counted & mask, ratio, 0.0) * advantages
         # Combining with False makes four arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated))
         return Coefficients(value, weight, *flags)
@@ -266,9 +264,7 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
         "ctpo_fixed": Estimator("cumulative", RatioClip(0.5, 4.0)),
         "ctpo_mean": Estimator("cumulative_mean", replace(_RELEASED_CLIP, power=-0.5)),
         "minpro": Estimator("min_prefix", RatioClip(0.2, 0.2)),
-        "lookahead": Estimator(
-            "lookahead", form="unclipped", window=16, max_log_ratio=None, max_token_log_ratio=None
-        ),
+        "lookahead": Estimator("lookahead", form="unclipped", window=16, max_log_ratio=None, max_token_log_ratio=None),
     }
 )
 """The named estimators of the table at the top of this module; read-only."""

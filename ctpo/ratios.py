@@ -168,7 +168,7 @@ def token_log_ratio(
     mask: Array | None,
     *,
     turn_ids: Array | None = None,
-    **others: Array | None,
+    **others: Array,
 ) -> TokenLogRatio:
     """Check the arrays that every estimate starts from, then subtract.
 
@@ -301,9 +301,7 @@ def check_level(level: object, window: object) -> None:
     except TypeError:
         valid = False
     if not valid:
-        raise ValueError(
-            f"window must be an integer of at least {smallest} at level {level!r}; got {window!r}"
-        )
+        raise ValueError(f"window must be an integer of at least {smallest} at level {level!r}; got {window!r}")
 
 
 def check_turn_ids(level: str, turn_ids: object) -> None:
