@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import ctpo
+from ctpo.ratios import Level
 from simulations import toy_lm
 from simulations.claims.martingale import cumulative, reached_under_behavior, reached_under_target
 from simulations.claims.registry import Claim, Context, Evidence
@@ -24,6 +25,7 @@ from simulations.exact import (
     rational_weights,
 )
 from simulations.mdp import (
+    Parameters,
     World,
     as_numbers,
     bigram,
@@ -36,12 +38,12 @@ from simulations.mdp import (
 from simulations.measure import measure
 from simulations.monte_carlo import SummedGradient, estimate, z_scores, z_threshold
 
-SHARINGS = ("prefix", "position", "shared")
+SHARINGS: tuple[Parameters, ...] = ("prefix", "position", "shared")
 
 # --- 3.prop1 --------------------------------------------------------------------------------------------------------
 
 
-def check_prop1(context: Context, level: str) -> Iterator[Evidence]:
+def check_prop1(context: Context, level: Level) -> Iterator[Evidence]:
     """E_b[rho_t g_t A_t] = E_pi[g_t A_t] for any prefix-measurable A; with A^pi or Q^pi the sum is grad J."""
     rng = context.rng("prop1")
     worlds = terms = good = 0
@@ -76,8 +78,7 @@ def check_prop1(context: Context, level: str) -> Iterator[Evidence]:
         bigram(context.rng("prop1 bigram"), n_tokens=6, horizon=512, step=0.3),
     ):
         gradient = policy_gradient(world)
-        gap = np.linalg.norm(gradient_mean(world, level) - gradient) / np.linalg.norm(gradient)
-        gaps[world.name] = float(gap)
+        gaps[world.name] = float(np.linalg.norm(gradient_mean(world, level) - gradient) / np.linalg.norm(gradient))
     yield Evidence(
         "relative bias of the summed gradient over 512 tokens: " + ", ".join(gaps),
         "dynamic programming",
@@ -121,7 +122,7 @@ def _monte_carlo_sign(context: Context, estimator: ctpo.Estimator) -> Evidence:
 def sign_flip_world() -> World:
     """R(11) = 1, R(01) = -1; b = 1/5, pi = 4/5 for the first token, both 1/2 for the second; position logits."""
     world = two_step((Fraction(1, 5), Fraction(4, 5)), {0: (HALF, HALF), 1: (HALF, HALF)}, name="sign flip")
-    mdp = tree(2, 2, name="sign flip", outcome=lambda s: {(1, 1): 1, (0, 1): -1}.get(s, 0))
+    mdp = tree(2, 2, name="sign flip", outcome=lambda s: 2 * s[0] - 1 if s[1] else 0)
     return World(mdp, world.behavior, world.target, "position")
 
 
@@ -197,7 +198,7 @@ def check_surrogate(context: Context, advantage: str) -> Iterator[Evidence]:
                 surrogate[world.block(step)[s]] += (factor[:, None] * world.local_scores[s]).sum(axis=0)
         paths = enumerate_trajectories(world)
         good += int(np.all(gradient_mean(world, "token", advantage) == surrogate.ravel()))  # type: ignore[arg-type]
-        returns = np.where(paths.mask, paths.returns[:, None], Fraction(0))
+        returns = np.where(paths.mask, paths.returns[:, None], 0)
         with_return = paths.expectation(paths.summed_scores(rational_weights(paths, "token") * returns))
         reward_good += int(np.all(with_return == surrogate.ravel()))
     yield Evidence(
@@ -285,7 +286,7 @@ def check_table(_context: Context, weights: Callable[[Trajectories, str], np.nda
     paths = enumerate_trajectories(world)
     gradient = policy_gradient(world)[1]
     advantages = paths.advantage("A_target")
-    returns = np.where(paths.mask, paths.returns[:, None], Fraction(0))
+    returns = np.where(paths.mask, paths.returns[:, None], 0)
     rows: dict[str, dict[str, str]] = {}
     good = gradient == Fraction(32, 125)
     for level, expected in TABLE.items():
@@ -441,7 +442,7 @@ CLAIMS = (
     ),
     Claim(
         "T1",
-        "Token: biased. Sequence: unbiased, high variance. GSPO: biased. Cumulative: unbiased, variance below sequence.",
+        "Token: biased. Sequence: unbiased, high variance. GSPO: biased. Cumulative: unbiased, variance below that.",
         "true if",
         "bias with the exact A^pi; the variance order of the summed gradient needs orthogonal scores "
         "(per-prefix or per-position logits), else it can be reversed",

@@ -155,7 +155,7 @@ def check_support(context: Context, process: Process) -> Iterator[Evidence]:
     for world in random_trees(context, "support", 100):
         keep = rng.random(world.behavior.shape) < 0.7
         keep[~keep.any(axis=1), 0] = True
-        cut = np.where(keep, world.behavior, Fraction(0))
+        cut = np.where(keep, world.behavior, 0)
         cut = cut / cut.sum(axis=1, keepdims=True)
         truncated = World(world.mdp, cut, world.target, require_support=False)
         paths = enumerate_trajectories(truncated)
@@ -221,7 +221,7 @@ CONVEX: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "x^2": lambda x: x**2,
     "x^4": lambda x: x**4,
     "|x - 1|": lambda x: abs(x - 1),
-    "max(x - 3/2, 0)": lambda x: np.maximum(x - Fraction(3, 2), Fraction(0)),
+    "max(x - 3/2, 0)": lambda x: np.maximum(x - Fraction(3, 2), x * 0),
 }
 
 
@@ -404,14 +404,14 @@ def check_strict(context: Context, reach: Callable[[World], np.ndarray]) -> Iter
     second = {0: (HALF, Fraction(9, 10)), 1: (HALF, HALF)}
     world = two_step((HALF, Fraction(1)), second)
     paths = enumerate_trajectories(world)
-    spread = [*variance(paths, cumulative(paths)), variance(paths, paths.ratio[:, 1])]
+    numbers = [*variance(paths, cumulative(paths)), variance(paths, paths.ratio[:, 1])]
     differs = (world.behavior != world.target).any(axis=1) & (reach(world) > 0)
     yield Evidence(
         "so Prop. 2(i) as printed (strict, no assumption) fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
         "enumeration",
-        listed(spread),
-        spread == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
-        {"variances": [str(v) for v in spread]},
+        listed(numbers),
+        numbers == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
+        {"variances": [str(v) for v in numbers]},
     )
 
 

@@ -45,13 +45,16 @@ def two_step(
     name: str = "two steps",
 ) -> World:
     """Two binary tokens; (b(1), pi(1)) for the first, and for the second after each first token."""
-
-    def rule(who: int, prefix: tuple[int, ...]) -> list[Fraction]:
-        one = first[who] if not prefix else second[prefix[0]][who]
-        return [1 - one, one]
-
     mdp = tree(2, 2, name=name)
-    behavior, target = (policy_table(mdp, lambda prefix, who=who: rule(who, prefix)) for who in (0, 1))
+
+    def policy(who: int) -> np.ndarray:
+        def rule(prefix: tuple[int, ...]) -> list[Fraction]:
+            one = second[prefix[0]][who] if prefix else first[who]
+            return [1 - one, one]
+
+        return policy_table(mdp, rule)
+
+    behavior, target = policy(0), policy(1)
     return World(mdp, behavior, target, require_support=support)
 
 

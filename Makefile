@@ -1,0 +1,49 @@
+# Every target is plain pip and python lines; README.md shows them for people without make.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: verify test figures bench check clean
+
+## Check every claim, print the table, draw the figures (results/).
+verify: .venv/simulations.installed
+	$(RUN) -m simulations verify
+	$(RUN) -m paper_figures
+
+## Run all tests on all cores.
+test: .venv/test.installed
+	$(RUN) -m pytest -n auto
+
+## Draw the figures from the results of the last verification.
+figures: .venv/simulations.installed
+	$(RUN) -m paper_figures
+
+## Measure the speeds that the README states.
+bench: .venv/test.installed
+	$(RUN) -m benchmarks
+
+## Style, types, direction of imports: what a commit must pass besides the tests.
+check: .venv/dev.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	.venv/bin/lint-imports
+	.venv/bin/typos
+
+.venv/simulations.installed: pyproject.toml constraints.txt | .venv
+	$(INSTALL) -e ".[simulations,figures]"
+	touch $@
+
+.venv/test.installed: pyproject.toml constraints.txt | .venv
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+.venv/dev.installed: pyproject.toml constraints.txt | .venv
+	$(INSTALL) -e ".[dev]"
+	touch $@
+
+.venv:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist results ctpo.egg-info
