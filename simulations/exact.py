@@ -677,14 +677,15 @@ def trajectory_count(world: World, limit: float = np.inf) -> float:
     state, _, nxt, _ = world.mdp.edges
     order, fan = _possible_transitions(world)
     count, finished = (world.mdp.initial > 0).astype(float), 0.0
-    for _ in range(world.mdp.horizon):
-        finished += count[fan == 0].sum()
-        moved = np.zeros(world.mdp.n_states)
-        np.add.at(moved, nxt[order], count[state[order]])
-        count = moved
-        if finished + count.sum() > limit:
-            break
-    return float(finished + count.sum())
+    with np.errstate(over="ignore"):  # inf is a fine answer
+        for _ in range(world.mdp.horizon):
+            finished += count[fan == 0].sum()
+            moved = np.zeros(world.mdp.n_states)
+            np.add.at(moved, nxt[order], count[state[order]])
+            count = moved
+            if finished + count.sum() > limit:
+                break
+        return float(finished + count.sum())
 
 
 def enumerate_trajectories(world: World, limit: int = MAX_TRAJECTORIES) -> Trajectories:
@@ -786,6 +787,8 @@ def exact_root(value: Any, degree: int) -> Any:
 
 
 def _integer_root(value: int, degree: int) -> int:
+    if value == 0:
+        return 0
     root = 1 << -(-value.bit_length() // degree)  # above the root, from where Newton's steps in integers fall
     while (lower := ((degree - 1) * root + value // root ** (degree - 1)) // degree) < root:
         root = lower
