@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import joblib
 import numpy as np
+import threadpoolctl
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return int(COMMANDS[options.command](options))
+        # Small matrices: BLAS threads would only get in each other's way, and in that of the worker processes.
+        with threadpoolctl.threadpool_limits(1):
+            return int(COMMANDS[options.command](options))
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -238,7 +241,8 @@ def run_measurement(options: argparse.Namespace) -> int:
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=traces.TRACES, help="file to write (default: the committed one)")
+    parser.add_argument("what", nargs="?", choices=("smollm2", "transformer"), default="smollm2", help="model to record")
+    parser.add_argument("--output", type=Path, help="file to write (default: the committed one)")
     parser.add_argument("--seed", type=_natural, default=0)
     parser.add_argument("--threads", type=_positive, default=2, help="threads of torch (default 2)")
     parser.add_argument("--responses", type=_positive, default=16, help="sampled for each prompt, even (default 16)")
@@ -246,12 +250,18 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
 
 
 def record_traces(options: argparse.Namespace) -> int:
-    """Record traces of SmolLM2-135M-Instruct; takes about half an hour on two cores."""
+    """Record traces of SmolLM2-135M-Instruct (half an hour on two cores), or the tiny transformer's world."""
+    if options.what == "transformer":
+        path = options.output or toy_lm.RECORDED_TRANSFORMER
+        toy_lm.record_transformer_world(path)
+        print(f"tiny transformer written to {_shown(path)}")
+        return 0
     settings = traces.RecordSettings(
         seed=options.seed, threads=options.threads, responses=options.responses, tokens=options.tokens
     )
-    recorded = traces.record(options.output, settings=settings)
-    print(f"{len(recorded)} traces written to {_shown(options.output)}")
+    path = options.output or traces.TRACES
+    recorded = traces.record(path, settings=settings)
+    print(f"{len(recorded)} traces written to {_shown(path)}")
     return 0
 
 
