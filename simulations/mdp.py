@@ -53,6 +53,7 @@ def as_numbers(values: Any, exact: bool) -> np.ndarray:
 
 
 def _fraction(value: Any) -> Fraction:
+    value = value.item() if isinstance(value, np.generic) else value
     number = value if isinstance(value, Fraction) else Fraction(value)
     if type(number.numerator) is int and type(number.denominator) is int:
         return number
