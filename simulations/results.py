@@ -105,6 +105,10 @@ SHORT_ENGINE = {
 }
 
 
+#: How a claim's assumptions read beside its verdict.
+ASSUMPTION_LABEL = {"true": "note", "true if": "if", "false": "why"}
+
+
 def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     """The table that `verify` prints: one row per claim."""
     table = Table(title="Claims about importance ratios", show_lines=True, title_justify="left", expand=True)
@@ -128,9 +132,7 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
             evidence.append(f"\nnegative control not rejected: {outcome['control']}", style="bold red")
         passed = Text("yes", style="green") if outcome["passed"] else Text("NO", style="bold red")
         statement = Text(outcome["statement"])
-        statement.append(
-            f"\n{'if' if outcome['verdict'] == 'true if' else 'note'}: {outcome['assumptions']}", style="dim"
-        )
+        statement.append(f"\n{ASSUMPTION_LABEL[outcome['verdict']]}: {outcome['assumptions']}", style="dim")
         seconds = f"{outcome['seconds']:.1f}"
         table.add_row(outcome["id"], statement, Text(outcome["verdict"]), evidence, seconds, passed)
     return table
@@ -195,7 +197,7 @@ def markdown_report(data: Mapping[str, Any]) -> str:
         text += [
             f"\n## {o['id']}\n",
             f"{o['statement']}\n",
-            f"- verdict: **{o['verdict']}**; {'if' if o['verdict'] == 'true if' else 'note'}: {o['assumptions']}",
+            f"- verdict: **{o['verdict']}**; {ASSUMPTION_LABEL[o['verdict']]}: {o['assumptions']}",
             f"- source: {o['source']}",
             f"- negative control: {o['control']}: {'rejected' if o['control_rejected'] else '**not rejected**'}\n",
         ]

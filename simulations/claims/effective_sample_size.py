@@ -40,7 +40,7 @@ def check_population(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "population ESS non-increasing and largest weight non-decreasing",
         "enumeration",
-        f"{good} of {steps} steps on {worlds} random trees",
+        f"both hold at {good} of {steps} steps on {worlds} random trees",
         good == steps,
         {"worlds": worlds, "steps": steps, "good": good},
     )
@@ -49,7 +49,7 @@ def check_population(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "shared chi2 = 1/4: ESS fraction for t = 1..4",
         "enumeration",
-        listed(found),
+        f"chi2 = 1/4 at every token: ESS fraction {listed(found)}",
         found == [Fraction(4**t, 5**t) for t in range(1, 5)],
         {"ess": [str(f) for f in found]},
     )
@@ -57,7 +57,7 @@ def check_population(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "the same for all t <= 4096 on bigram, trigram and sticky worlds",
         "dynamic programming",
-        f"{rises} rises",
+        f"ESS rises at {rises} of 3 x 4096 steps",
         rises == 0,
         {"rises": rises},
     )
@@ -92,7 +92,7 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "batch {10, 01}, b = 1/2, pi = 3/4: sample ESS at t = 1, 2 (also by ctpo.diagnostics)",
         "enumeration",
-        f"{listed(found)}; {listed(library)}",
+        f"batch of two: ESS {listed(found)} at t = 1, 2 (ctpo.diagnostics: {listed(library)}): it rises",
         found == [Fraction(8, 5), 2] and np.allclose(library, [1.6, 2.0], rtol=1e-12),
         {"ess": [str(f) for f in found], "ctpo": library},
     )
@@ -101,7 +101,7 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "E[sample ESS] of n = 2, i.i.d. tokens, t = 1, 2, 3: falls here",
         "enumeration",
-        listed(expected),
+        f"E[sample ESS], n = 2, i.i.d. tokens: {listed(expected)}: it falls",
         expected == [Fraction(9, 5), Fraction(349, 205), Fraction(24501, 14965)],
         {"expected_ess": [str(e) for e in expected]},
     )
@@ -115,7 +115,7 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
     yield Evidence(
         "but E[sample ESS] rises from t = 1 to 2 on some random trees",
         "enumeration",
-        f"{rises} of {count}, for example from {example}" if rises else f"0 of {count}",
+        f"it rises on {rises} of {count} random trees" + (f", for example from {example}" if rises else ""),
         rises > 0 or context.quick,
         {"rises": rises, "worlds": count, "example": example},
     )
@@ -150,7 +150,7 @@ def check_scale(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]
     yield Evidence(
         "sigma = 0.0335: ESS fraction at t = 100, 1000, 4000, 8000",
         "closed form",
-        listed(found),
+        f"sigma = 0.0335: ESS {listed(found)} at t = 100, 1000, 4000, 8000",
         bool(np.allclose(found, expected, rtol=0.035)),
         {"t": at.tolist(), "ess": found.tolist()},
     )
@@ -162,7 +162,7 @@ def check_scale(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]
     yield Evidence(
         "sigma = .0335, .0387, .0393: first t with ESS <= 1/2; average over 8000 positions; full sequence",
         "closed form",
-        f"{listed(halves)}; {listed(averages)}; {listed(ends)}",
+        f"half is gone at t = {listed(halves)}; mean over 8000 positions {listed(averages)}; sequence {listed(ends)}",
         all(near)
         and np.allclose(averages, [0.111, 0.083, 0.081], atol=6e-4)
         and np.allclose(ends, [1.3e-4, 6.3e-6, 4.3e-6], rtol=0.035),
@@ -177,7 +177,7 @@ def check_scale(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]
     yield Evidence(
         "an exactly normalized binary world of that spread: largest |log ESS - log formula| over 8000 tokens",
         "dynamic programming",
-        listed(gaps),
+        f"binary tokens of that spread: |log ESS - formula| <= {max(gaps):.2g} over 8000 tokens",
         max(gaps) < 0.01,
         {"largest_log_gap": gaps},
     )
@@ -203,7 +203,7 @@ def _sampled_ess(context: Context, ess: Callable[[float, np.ndarray], np.ndarray
     return Evidence(
         f"sample ESS of {n} trajectories against the formula at t = {', '.join(map(str, at))} (sigma^2 t <= 1)",
         "Monte Carlo",
-        f"relative gaps {listed(fraction / ess(sigma, at) - 1)}; largest |z| {z.max():.2f} (limit {limit:.2f})",
+        f"sample ESS against the formula: largest |z| {z.max():.2f} (limit {limit:.2f}), n = {n}",
         bool(z.max() < limit),
         {"n": n, "t": at.tolist(), "ess": fraction.tolist(), "largest_z": float(z.max()), "limit": limit},
     )

@@ -68,7 +68,7 @@ def check_prop1(context: Context, level: Level) -> Iterator[Evidence]:
         "E_b[rho_t g_t A_t] = E_pi[g_t A_t] per token for arbitrary A(prefix, token), and = grad J summed with A^pi, "
         "Q^pi; per-prefix, per-position and shared logits, as fractions",
         "enumeration",
-        f"{good} of {terms} vector equalities on {worlds} random trees",
+        f"{good} of {terms} vector equalities on {worlds} random trees, any prefix-measurable A",
         good == terms,
         {"worlds": worlds, "equalities": terms, "exact": good},
     )
@@ -82,7 +82,7 @@ def check_prop1(context: Context, level: Level) -> Iterator[Evidence]:
     yield Evidence(
         "relative bias of the summed gradient over 512 tokens: " + ", ".join(gaps),
         "dynamic programming",
-        listed(gaps.values()),
+        "relative bias over 512 tokens: " + ", ".join(f"{gap:.0e} ({name})" for name, gap in gaps.items()),
         max(gaps.values()) < 1e-9,
         {"relative_bias": gaps},
     )
@@ -94,7 +94,7 @@ def check_prop1(context: Context, level: Level) -> Iterator[Evidence]:
         yield Evidence(
             f"tiny transformer ({world.dimension} shared network parameters), weights by ctpo.Estimator: relative bias",
             "enumeration",
-            f"{gap:.1e}",
+            f"relative bias on the tiny transformer, {world.dimension} shared parameters: {gap:.0e}",
             gap < 1e-9,
             {"relative_bias": gap},
         )
@@ -110,7 +110,7 @@ def _monte_carlo_sign(context: Context, estimator: ctpo.Estimator) -> Evidence:
     return Evidence(
         "sign-flip world below: sampled mean of the summed gradient against the true one, weights by ctpo.Estimator",
         "Monte Carlo",
-        f"largest |z| {z.max():.2f} (limit {limit:.2f}), n = {n}, ESS {result.ess_fraction:.2f}",
+        f"sign-flip world: largest |z| {z.max():.2f} (limit {limit:.2f}), n = {n}, ESS {result.ess_fraction:.2f}",
         bool(z.max() < limit),
         {"n": n, "largest_z": float(z.max()), "limit": limit},
     )
@@ -160,7 +160,7 @@ def check_token(context: Context, level: str) -> Iterator[Evidence]:
     yield Evidence(
         "bias = sum_s (P_b - P_pi)(s) G(s) = -sum_t Cov_b(rho_{t-1}, G(s_t)), as fractions",
         "enumeration",
-        f"{good} of {worlds} random trees; biased in {biased}",
+        f"bias as predicted, exactly, on {good} of {worlds} random trees; not 0 on {biased}",
         good == worlds and biased > 0,
         {"worlds": worlds, "exact": good, "biased": biased},
     )
@@ -174,7 +174,7 @@ def check_token(context: Context, level: str) -> Iterator[Evidence]:
         "sign flip with exact A^pi, gradient of the second position's logit: "
         + ", ".join({"sequence_mean": "GSPO", "cumulative_mean": "cumulative mean"}.get(n, n) for n in found),
         "enumeration",
-        listed(found.values()),
+        "true gradient {}, token ratio {}, GSPO {}, cumulative mean {}".format(*found.values()),
         list(found.values()) == [Fraction(3, 20), Fraction(-3, 20), 0, 0],
         {name: str(value) for name, value in found.items()},
     )
@@ -204,7 +204,7 @@ def check_surrogate(context: Context, advantage: str) -> Iterator[Evidence]:
     yield Evidence(
         "token ratio with A^b, and with the return, against grad of sum_s P_b(s) sum_a pi(a|s) A^b(s, a)",
         "enumeration",
-        f"{good} and {reward_good} of {worlds} random trees, as fractions",
+        f"with A^b on {good}, with the return on {reward_good}, of {worlds} random trees, as fractions",
         good == reward_good == worlds,
         {"worlds": worlds, "with_advantage": good, "with_return": reward_good},
     )
@@ -242,7 +242,7 @@ def check_gspo(context: Context, degree: Callable[[int], int]) -> Iterator[Evide
     yield Evidence(
         "E_b[rho_H^(1/H) sum g A] = Z E_q[sum g A] with q ~ b^(1-1/H) pi^(1/H), weights by ctpo.Estimator; Z < 1",
         "enumeration",
-        f"largest gap {worst:.1e} on {count} random trees, Z <= {largest_z:.4f}",
+        f"gap <= {worst:.0e} on {count} random trees, Z <= {largest_z:.4f}",
         worst < 1e-11 and largest_z < 1,
         {"worlds": count, "largest_gap": worst, "largest_z": largest_z},
     )
@@ -253,7 +253,7 @@ def check_gspo(context: Context, degree: Callable[[int], int]) -> Iterator[Evide
     yield Evidence(
         "shared logit, H = 2, b = 1/5, pi = 4/5: Z and q",
         "enumeration",
-        f"{z_exact}; {listed(tilted_exact)}",
+        f"one shared logit, H = 2: Z = {z_exact}, q = {listed(tilted_exact)}",
         z_exact == Fraction(16, 25) and tilted_exact == [Fraction(1, 4)] * 4 and degree(2) == 2,
         {"Z": str(z_exact), "q": [str(q) for q in tilted_exact]},
     )
@@ -297,7 +297,8 @@ def check_table(_context: Context, weights: Callable[[Trajectories, str], np.nda
     yield Evidence(
         "grad J = 32/125; each weight with A^pi (bias), and with the outcome reward",
         "enumeration",
-        "; ".join(f"{n}: {r['A_pi']} ({r['bias']}), {r['outcome']}" for n, r in rows.items()),
+        "grad J = 32/125; with A^pi (bias), with the outcome: "
+        + "; ".join(f"{n} {r['A_pi']} ({r['bias']}), {r['outcome']}" for n, r in rows.items()),
         bool(good),
         {"rows": rows},
     )
@@ -341,7 +342,7 @@ def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) 
     yield Evidence(
         f"relative bias with exact A^pi on {worlds} worlds (trees, bigram, trigram, transformer), by ctpo.Estimator",
         "enumeration",
-        f"cumulative and sequence <= {unbiased:.0e}; "
+        f"relative bias on {worlds} worlds: cumulative and sequence <= {unbiased:.0e}; "
         + "; ".join(f"{n} {least[n]:.2g} to {most[n]:.2g}" for n in least),
         unbiased < 1e-9 and min(least.values()) > 1e-4,
         {"rows": [vars(r) for r in rows]},
@@ -358,7 +359,8 @@ def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) 
     yield Evidence(
         "total variance of the summed gradient, cumulative <= sequence, on trees with orthogonal scores, as fractions",
         "dynamic programming",
-        f"{good} of {count} trees; on the worlds above {lower} of {worlds}, ratio {span[0]:.2g} to {span[-1]:.2g}",
+        f"orthogonal scores: variance below sequence on {good} of {count} trees; on the worlds above on "
+        f"{lower} of {worlds}, {span[0]:.2g} to {span[-1]:.2g} times",
         good == count,
         {"trees": count, "ordered": good, "worlds_lower": lower, "ratio": span},
     )
@@ -368,7 +370,7 @@ def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) 
     yield Evidence(
         "with one shared logit the order can be reversed: variance of the cumulative and of the sequence estimator",
         "dynamic programming",
-        f"{prefix * share} and {full * share}",
+        f"one shared logit: variance of the cumulative {prefix * share}, of the sequence estimator {full * share}",
         prefix * share == Fraction(16, 3645) and full == 0,
         {"cumulative": str(prefix * share), "sequence": str(full * share)},
     )

@@ -48,7 +48,7 @@ def check_recursion(context: Context, tilt: Callable[[Trajectories, np.ndarray],
     yield Evidence(
         "E_b rho_t^2 against the product of 1 + tilted chi2, as fractions",
         "enumeration",
-        f"{good} of {steps} steps on {worlds} random trees",
+        f"exact at {good} of {steps} steps on {worlds} random trees",
         good == steps,
         {"worlds": worlds, "steps": steps, "exact": good},
     )
@@ -61,7 +61,7 @@ def check_recursion(context: Context, tilt: Callable[[Trajectories, np.ndarray],
     yield Evidence(
         "the same along 2048 tokens, and dynamic programming equal to enumeration on the trees",
         "dynamic programming",
-        f"{agree} of {worlds} trees equal; largest log difference {worst:.1e}",
+        f"equal to enumeration on {agree} of {worlds} trees; log difference <= {worst:.0e} over 2048 tokens",
         agree == worlds and worst < 1e-8,
         {"equal_trees": agree, "largest_log_difference": worst},
     )
@@ -102,7 +102,7 @@ def check_product(context: Context, formula: Callable[[World], np.ndarray]) -> I
     yield Evidence(
         "Var(rho_t) = prod(1 + chi2_k) - 1 with independent tokens (different at every position)",
         "enumeration",
-        f"exact for all t on {good} of {count} random worlds",
+        f"independent tokens: exact for all t on {good} of {count} random worlds",
         good == count,
         {"worlds": count, "exact": good},
     )
@@ -114,7 +114,7 @@ def check_product(context: Context, formula: Callable[[World], np.ndarray]) -> I
     yield Evidence(
         "dependent tokens with prefix-constant chi2 = 1/4: Var(rho_2) and the formula",
         "enumeration",
-        f"{true} and {predicted}",
+        f"dependent tokens with constant chi2: Var(rho_2) = {true}, formula {predicted}",
         true == predicted == Fraction(9, 16),
         {"variance": str(true), "formula": str(predicted)},
     )
@@ -139,12 +139,12 @@ def check_general(context: Context, spread: Callable[[World], np.ndarray]) -> It
     for name, (second, expected) in cases.items():
         world = two_step(UP, second)
         true, product = spread(world)[1], product_of_marginals(world)[1]
-        found.append(f"{name} {true} (formula {product})")
+        found.append(f"{true} (formula {product}) {name}")
         right.append(true == expected and (product == true) == (name == "after both (independent)"))
     yield Evidence(
         "b = 1/2, pi = 3/4, chi2 = 1/4 at the second step only ... : Var(rho_2)",
         "enumeration",
-        "; ".join(found),
+        "chi2 > 0 at step 2 ... : Var(rho_2) = " + ", ".join(found),
         all(right),
         {"cases": found},
     )
@@ -157,7 +157,7 @@ def check_general(context: Context, spread: Callable[[World], np.ndarray]) -> It
     yield Evidence(
         "sign of true minus formula on random trees",
         "enumeration",
-        f"above in {above}, below in {below}, of {count}",
+        f"true variance above the formula on {above}, below on {below}, of {count} random trees",
         above > 0 and below > 0,
         {"above": above, "below": below, "worlds": count},
     )
@@ -174,7 +174,8 @@ def check_general(context: Context, spread: Callable[[World], np.ndarray]) -> It
     yield Evidence(
         "sticky hot state: true E rho_t^2 over the formula at t = 10, 50, 100, 200; its growth per token",
         "dynamic programming",
-        f"{listed(ratios)}; growth {growth:.4f} = spectral radius {radius:.4f}, formula 1.045",
+        f"sticky hot state: {listed(ratios)} times the formula at t = 10, 50, 100, 200; "
+        f"growth {growth:.4f} per token (spectral radius {radius:.4f}, formula 1.045)",
         close and abs(growth - radius) < 1e-9 and abs(radius - 1.0895) < 5e-5,
         {"t": times, "true_over_formula": ratios, "growth": growth, "spectral_radius": radius},
     )
@@ -209,7 +210,7 @@ def check_uncorrelated(context: Context, quantity: Callable[[Trajectories], np.n
     yield Evidence(
         "Cov_b(r_j, r_k) = 0, as fractions; the product formula is wrong all the same",
         "enumeration",
-        f"{zero} of {pairs} pairs are 0 on {worlds} random trees; the formula fails on {fails}",
+        f"Cov = 0 for {zero} of {pairs} pairs on {worlds} random trees; the product formula fails on {fails}",
         zero == pairs and fails > 0,
         {"pairs": pairs, "zero": zero, "formula_fails": fails, "worlds": worlds},
     )
@@ -251,7 +252,7 @@ def check_bounds(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
     yield Evidence(
         "H = 5, d = 1/4: Var(rho_5)/Var(rho_t) for t = 1..5, enumerated and by formula",
         "enumeration",
-        listed(found),
+        f"H = 5, d = 1/4: Var(rho_5)/Var(rho_t) = {listed(found)}",
         found == expected == [spread[4] / v for v in spread],
         {"ratios": [str(f) for f in found]},
     )
@@ -265,7 +266,7 @@ def check_bounds(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
     yield Evidence(
         "both bounds for all t <= H <= 12 and d from 1/1000 to 99, as fractions",
         "closed form",
-        f"{inside} of {cases}",
+        f"bounds hold in {inside} of {cases} cases, t <= H <= 12, d from 1/1000 to 99",
         inside == cases,
         {"cases": cases, "inside": inside},
     )
@@ -278,7 +279,7 @@ def check_printed_limit(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
     yield Evidence(
         f"d = 1e-9, H = {horizon}, t = {t}: exact ratio, printed factor, H/t",
         "closed form",
-        f"{float(exact):.6f}, {float(printed):.6f}, {horizon // t}",
+        f"d = 1e-9, H = 12, t = 3: ratio {float(exact):.6f}, (1+d)^(H-t) {float(printed):.6f}, H/t {horizon // t}",
         abs(exact - Fraction(horizon, t)) < Fraction(1, 10**6) and abs(printed - 1) < Fraction(1, 10**6),
         {"exact": float(exact), "printed": float(printed), "count": horizon / t},
     )
@@ -293,7 +294,8 @@ def check_printed_limit(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
     yield Evidence(
         "paper's scale (sigma = 0.0335, H = 8000), t = 100, 1000, 4000: exact / (1+d)^(H-t) / (H/t)",
         "closed form",
-        "; ".join(f"{a:.3g} / {b:.3g} / {c:g}" for a, b, c in rows),
+        "sigma = 0.0335, H = 8000, ratio (factor, H/t): "
+        + "; ".join(f"{a:.3g} ({b:.3g}, {c:g}) at t = {t}" for t, (a, b, c) in zip(expected, rows, strict=True)),
         good,
         {"t": list(expected), "exact_printed_count": rows},
     )
@@ -304,7 +306,7 @@ CLAIMS = (
         "2.recursion",
         "E_b rho_t^2 = prod_k (1 + chi2_k) with chi2 averaged under b tilted by rho_{k-1}^2.",
         "true",
-        "none: it holds with any dependence between tokens",
+        "holds with any dependence between tokens",
         "the exact form of Prop. 2(ii)",
         check_recursion,
         tilted_by_square,

@@ -82,8 +82,8 @@ def long_worlds(context: Context, horizon: int) -> list[World]:
 
 
 def scalar(value: object) -> str:
-    """A number for reading: a fraction as it is, a float to four digits."""
-    return str(value) if isinstance(value, (Fraction, int, np.integer)) else f"{float(value):.4g}"  # type: ignore[arg-type]
+    """A number for reading: a fraction as it is, a float to three digits."""
+    return str(value) if isinstance(value, (Fraction, int, np.integer)) else f"{float(value):.3g}"  # type: ignore[arg-type]
 
 
 def listed(values: object) -> str:
