@@ -1,0 +1,1 @@
+"""Worlds, engines and claims: run from a checkout, `python -m simulations`."""

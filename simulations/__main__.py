@@ -241,7 +241,8 @@ def run_measurement(options: argparse.Namespace) -> int:
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=("smollm2", "transformer"), default="smollm2", help="model to record")
+    models = ("smollm2", "transformer")
+    parser.add_argument("what", nargs="?", choices=models, default=models[0], help="model to record")
     parser.add_argument("--output", type=Path, help="file to write (default: the committed one)")
     parser.add_argument("--seed", type=_natural, default=0)
     parser.add_argument("--threads", type=_positive, default=2, help="threads of torch (default 2)")

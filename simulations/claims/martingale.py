@@ -409,7 +409,7 @@ def check_strict(context: Context, reach: Callable[[World], np.ndarray]) -> Iter
     yield Evidence(
         "so Prop. 2(i) as printed (strict, no assumption) fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
         "enumeration",
-        f"Var(rho_1) = {numbers[0]} = Var(rho_2) = {numbers[1]}, though the second ratio has Var {numbers[2]}",
+        f"Var(rho_1), Var(rho_2) = {listed(numbers[:2])}: equal, though the second token's ratio has Var {numbers[2]}",
         numbers == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
         {"variances": [str(v) for v in numbers]},
     )
