@@ -87,9 +87,7 @@ _MIN_UNITS = 20
 
 # What a statistic is compared with: its name, that value, and what it means to be at, above and below it.
 _FIXED_TARGET = "the value for a fixed target all of whose tokens the sampler can draw"
-_CAUSES = (
-    f"{_FIXED_TARGET}; a truncated sampler, another sampler or a target trained on these sequences moves it"
-)
+_CAUSES = f"{_FIXED_TARGET}; a truncated sampler, another sampler or a target trained on these sequences moves it"
 _DRIFT = "the value for Gaussian log-ratios of a fixed target"
 _DRIFT_MISS = f"{_DRIFT}; heavy tails and selection by length move it too, so the mean ratios decide"
 _REFERENCES = {
@@ -293,8 +291,8 @@ def by_position(
 
     Standard errors are linearized, over independent sequences or groups, and take in that neighboring
     positions and the tokens of a sequence are correlated. Those of ess_fraction and mean_ratio are too small
-    where the weights are heavy: for Gaussian log-ratios of variance 2.6, 256 sequences give half the error of
-    ess_fraction.
+    where the weights are heavy: for 256 sequences and Gaussian log-ratios of variance 2.6, ess_fraction has half
+    of its true error.
 
     Args:
         logp: Log-probabilities of the sampled tokens under the target policy, nats, shape (..., T).
@@ -364,9 +362,7 @@ def by_position(
         pareto = importlib.util.find_spec("arviz_stats") is not None
     array_stats = _arviz_array_stats() if pareto else None
 
-    values = log_ratio(
-        batch.logp, batch.behavior_logp, batch.mask, level=level, window=window, turn_ids=turn_ids
-    )
+    values = log_ratio(batch.logp, batch.behavior_logp, batch.mask, level=level, window=window, turn_ids=turn_ids)
     x = batch.by_position(values)
     time = np.arange(1, batch.longest + 1)
     counted = time <= batch.length[:, None]
@@ -405,7 +401,7 @@ class SpreadFit:
         token_std: Standard deviation of log r_t at a position, in the root of the mean square, nats.
         variance_ratio: Var(log rho_T) / sum_t Var(log r_t); 1 for uncorrelated tokens, T for tokens that move
             as one.
-        mean_token_ratio: Mean of r_t over tokens; its expectation is 1 for genuine ratios, survival or not.
+        mean_token_ratio: Mean of r_t over tokens; tends to 1 for genuine ratios, survival or not.
         mean_log_ratio: Mean of log rho_T, nats.
         var_log_ratio: Variance of log rho_T, nats^2.
     """
@@ -571,9 +567,7 @@ class Diagnosis:
         if names[clips:]:
             blocks.append(positions + names[clips:])
         parts = [format_table(self.table, block) for block in blocks]
-        parts.append(
-            "\n".join(f"{'!' if found.flagged else '-'} {found.statement}" for found in self.verdict)
-        )
+        parts.append("\n".join(f"{'!' if found.flagged else '-'} {found.statement}" for found in self.verdict))
         return "\n\n".join(parts)
 
 
@@ -842,9 +836,11 @@ def _clustered_error(influence: Floats, size: Ints, unit: Ints) -> float:
 
 
 def _ratio_columns(x: Floats, counted: Bools, time: Ints, unit: Ints, array_stats: Any) -> dict[str, float]:
-    """One row of ratio columns, from log-ratios of shape (sequences, positions of the bucket)."""
+    """One row of ratio columns, from log-ratios of shape (sequences, positions of the bucket).
+
+    A bucket may have no positions, but every position has a sequence.
+    """
     n = counted.sum(axis=0)
-    divisor = np.maximum(n, 1)
     several = counted & (n > 1)
     row: dict[str, float] = {"n_sequences": n.max(initial=0)}
 
@@ -858,11 +854,11 @@ def _ratio_columns(x: Floats, counted: Bools, time: Ints, unit: Ints, array_stat
         moved = np.where(among, influence + (statistic - value), 0.0).sum(axis=1)
         row[f"{name}_se"] = _clustered_error(moved, among.sum(axis=1), unit)
 
-    mean = np.where(counted, x, 0.0).sum(axis=0) / divisor
+    mean = np.where(counted, x, 0.0).sum(axis=0) / n
     deviation = np.where(counted, x - mean, 0.0)
     # Squares scaled so that their mean is the variance with n - 1 degrees of freedom.
     squares = deviation**2 * (n / np.maximum(n - 1, 1))
-    variance = squares.sum(axis=0) / divisor
+    variance = squares.sum(axis=0) / n
     std = np.sqrt(variance)
     estimate("mean_log_ratio", mean, deviation, counted)
     estimate("std_log_ratio", std, (squares - variance) / np.where(std > 0.0, 2.0 * std, 1.0), several)
@@ -870,8 +866,8 @@ def _ratio_columns(x: Floats, counted: Bools, time: Ints, unit: Ints, array_stat
     row["var_over_t"] = average(variance / time, several)
 
     weights, _ = _scaled_weights(x, counted, 0)
-    ess = _kish(weights) / divisor
-    first, second = (np.where(n > 0, (weights**k).sum(axis=0) / divisor, 1.0) for k in (1, 2))
+    ess = _kish(weights) / n
+    first, second = weights.sum(axis=0) / n, (weights**2).sum(axis=0) / n
     influence = ess * (2.0 * (weights / first - 1.0) - (weights**2 / second - 1.0))
     estimate("ess_fraction", ess, influence, several)
     row["chi2"] = average(_relative_variance(weights, counted), several)
@@ -880,9 +876,9 @@ def _ratio_columns(x: Floats, counted: Bools, time: Ints, unit: Ints, array_stat
         row["pareto_k"] = _tail_shape(array_stats, weights[:, last][counted[:, last]])
 
     # One scale for the bucket: the result may overflow to inf, but never by inf - inf.
-    scale = x.max(where=counted, initial=-np.inf) if counted.any() else 0.0
+    scale = x.max(where=counted, initial=-np.inf)
     weights = np.exp(np.where(counted, x - scale, -np.inf))
-    mean = weights.sum(axis=0) / divisor
+    mean = weights.sum(axis=0) / n
     estimate("mean_ratio", mean, weights - mean, counted)
     with np.errstate(over="ignore", divide="ignore"):
         row |= {name: float(np.exp(scale + np.log(row[name]))) for name in ("mean_ratio", "mean_ratio_se")}
@@ -983,7 +979,7 @@ class _ColumnMoments:
 
     def __init__(self, values: Floats, alive: Bools) -> None:
         living = np.where(alive, values, 0.0)
-        self.center = living.sum(axis=0) / np.maximum(alive.sum(axis=0), 1)
+        self.center = living.sum(axis=0) / alive.sum(axis=0)
         # Centered before squaring, so that the variance is a difference of small numbers.
         self.deviation = np.where(alive, values - self.center, 0.0)
         self.square = self.deviation**2
@@ -1089,9 +1085,7 @@ def _extreme_finding(
 def _clip_finding(table: Table) -> Finding:
     filled = np.flatnonzero(table["n_tokens"])
     if not len(filled):
-        return Finding(
-            "clip_rate", False, math.nan, math.nan, "Clip rate is not defined for these sequences."
-        )
+        return Finding("clip_rate", False, math.nan, math.nan, "Clip rate is not defined for these sequences.")
     value, error = table["clip_total"], table["clip_total_se"]
     text = "Clip rate is " + " and ".join(
         f"{_with_error(value[j], error[j])} at positions {table['t_low'][j]} to {table['t_high'][j]}"
