@@ -35,6 +35,9 @@ def test_group_baselines_equal_loops(xp, rewards, eps):
     near = {"rtol": 1e-12, "atol": 1e-12}
     np.testing.assert_allclose(xp.numpy(group_relative(array)), [oracle.group_relative(row) for row in rewards], **near)
     np.testing.assert_allclose(xp.numpy(leave_one_out(array)), [oracle.leave_one_out(row) for row in rewards], **near)
+    default = xp.numpy(group_relative(array, scale_by_std=True))
+    expected = [oracle.group_relative(row, True, 1e-6) for row in rewards]
+    np.testing.assert_allclose(default, expected, rtol=1e-9, atol=1e-9)
     scaled = group_relative(array, scale_by_std=True, eps=eps)
     np.testing.assert_allclose(
         xp.numpy(scaled), [oracle.group_relative(row, True, eps) for row in rewards], rtol=1e-9, atol=1e-9

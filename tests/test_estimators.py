@@ -513,6 +513,21 @@ def test_one_advantage_per_sequence_is_the_same_for_every_token(xp, batch, seed)
             np.testing.assert_array_equal(a, b)
 
 
+@given(batch=batches(smallest=-3.0), seed=st.integers(0, 99))
+def test_leading_dimensions_are_free(xp, batch, seed):
+    """One sequence alone, (T,), and four dimensions, with an advantage per sequence."""
+    each = np.random.default_rng(seed).choice([-1.0, 0.0, 2.0], len(batch.mask))
+    rows, length = batch.mask.shape
+    deep = Batch(*(getattr(batch, field.name).reshape(1, rows, 1, length) for field in dataclasses.fields(batch)))
+    for estimator in ESTIMATORS.values():
+        found = computed(xp, estimator, batch, advantages=each)
+        reshaped = computed(xp, estimator, deep, advantages=each.reshape(1, rows, 1))
+        first = computed(xp, estimator, batch.take(0), advantages=each[0])
+        for a, b, c in zip(found, reshaped, first, strict=True):
+            np.testing.assert_array_equal(a, b.reshape(rows, length))
+            np.testing.assert_array_equal(a[0], c)
+
+
 @given(batch=batches(smallest=-3.0))
 def test_only_the_sign_of_an_advantage_reaches_the_weight(xp, batch):
     for estimator in ESTIMATORS.values():
