@@ -209,9 +209,11 @@ def _positions(entry: Any, where: str, *, sampled: bool) -> Positions:
     name = _text(entry, "name", where)
     t = _ascending(entry, where)
     mean, std = _numbers(entry, "mean", where, len(t)), _numbers(entry, "std", where, len(t))
-    if not (std >= 0).all() or not (std > 0).any():
-        raise ValueError(f"{where}.std are not standard deviations, or are all 0")
+    if not (std >= 0).all():
+        raise ValueError(f"{where}.std has numbers below 0")
     if not sampled:
+        if not std[-1] > 0:
+            raise ValueError(f"{where}.std ends with 0")
         return Positions(name, "exact", t, mean, std)
     n = _numbers(entry, "n", where, len(t))
     if not (n >= 2).all():

@@ -55,7 +55,7 @@ def _draw_spread(axes: Axes, series: Sequence[Positions]) -> None:
     updates = [s for s in series if s.kind == "update"]
     rounding = [s for s in series if s.kind == "precision"][:1]
     recorded.draw_spread(axes, [*updates, *rounding])
-    style.slope_key(axes, (0.06, 0.72))
+    style.slope_key(axes)
     groups = {
         "trained on": [s for s in updates if recorded.is_used(s)],
         "held out": [s for s in updates if not recorded.is_used(s)],

@@ -36,7 +36,7 @@ def spread_and_drift(results: Results) -> Figure:
     if not parts:
         raise MissingError(f"series.recorded: no pair spreads by {FLOOR:g} nats")
     figure = style.sheet(
-        11,
+        11 if len(parts) == 3 else 8,
         6.4,
         f"{data.model(results)}: {finding(series, 'spread like {} on held-out, {} on trained-on samples')}",
         "Top: standard deviation over sequences, with the fitted power of t. "
@@ -56,7 +56,9 @@ def spread_and_drift(results: Results) -> Figure:
     low, high = zip(*(axes.get_ylim() for axes in grid[0]), strict=True)
     for (spread, mean), part in zip(grid.T, parts.values(), strict=True):
         spread.set_ylim(min(low), max(high))
-        style.slope_key(spread, (0.06, 0.72))
+        if max(high) < 100 * min(low):
+            style.plain_numbers(spread.yaxis, (1, 2, 5))
+        style.slope_key(spread)
         _name_lines(spread, mean, part)
     return figure
 
@@ -111,8 +113,13 @@ def draw_spread(axes: Axes, part: Sequence[Positions]) -> None:
         axes.plot(s.t, np.where(s.std > 0, s.std, np.nan), color=color(s, part), linestyle=_dashes(s, part))
     axes.set_xlim(1, max(s.t[-1] for s in drawn(part)))
     if hidden := [s for s in part if s not in drawn(part)]:
-        text = "\n".join(f"{pretty(s)}: below {style.plain(10 ** np.ceil(np.log10(s.std.max())))}" for s in hidden)
+        text = "\n".join(f"{pretty(s)}: {_size(s.std.max())}" for s in hidden)
         axes.text(0.97, 0.03, text, transform=axes.transAxes, ha="right", fontsize=7, color=style.GRAY)
+
+
+def _size(largest: float) -> str:
+    """A spread that the axis does not show."""
+    return f"below {style.plain(10 ** np.ceil(np.log10(largest)))}" if largest > 0 else "exactly 0"
 
 
 def _draw_mean(axes: Axes, part: Sequence[Positions]) -> None:

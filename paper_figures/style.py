@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 Color = str | tuple[float, float, float]
 
@@ -84,8 +84,9 @@ def log_axes(axes: Axes, x: str, y: str) -> None:
         plain_numbers(axis)
 
 
-def plain_numbers(axis: Axis) -> None:
-    """Ticks at the decades, written 0.01 and not as a power."""
+def plain_numbers(axis: Axis, between: tuple[float, ...] = (1,)) -> None:
+    """Ticks on a logarithmic axis at the decades, and at these multiples of them, written 0.01 and not as a power."""
+    axis.set_major_locator(LogLocator(subs=between))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axis.set_minor_locator(NullLocator())
 
@@ -95,13 +96,14 @@ def plain(value: float) -> str:
     return f"{value:,.12f}".rstrip("0").rstrip(".")
 
 
-def slope_key(axes: Axes, corner: tuple[float, float], decades: float = 0.8) -> None:
-    """Slopes to compare lines with, on logarithmic axes: t and sqrt(t) from a point given in axes fractions.
+def slope_key(axes: Axes) -> None:
+    """Slopes to compare lines with, t and sqrt(t), in the upper left corner of logarithmic axes.
 
     Call when the limits of the axes are final.
     """
-    to_data = (axes.transScale + axes.transLimits).inverted()
-    t, y = to_data.transform(corner)
+    t, y = (axes.transScale + axes.transLimits).inverted().transform((0.06, 0.72))
+    wide, high = (np.log10(limits[1] / limits[0]) for limits in (axes.get_xlim(), axes.get_ylim()))
+    decades = min(0.32 * wide, 0.22 * high)
     for power, name in ((1.0, r"$\propto t$"), (0.5, r"$\propto\sqrt{t}$")):
         end = (t * 10**decades, y * 10 ** (decades * power))
         axes.plot((t, end[0]), (y, end[1]), color=GRAY, linewidth=0.9, linestyle=DOTTED)

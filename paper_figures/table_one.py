@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from paper_figures import data, style
 from paper_figures.data import Ratio, Results
@@ -86,8 +85,7 @@ def draw_variance(axes: Axes, ratios: Sequence[Ratio]) -> None:
     axes.axvline(1, color=style.GRAY, linewidth=0.9)
     values = [v for ratio in ratios for v in ratio.relative_variance]
     axes.set_xlim(min(values) / 1.5, max(values) * 1.5)
-    style.plain_numbers(axes.xaxis)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    style.plain_numbers(axes.xaxis, (1, 3))
     axes.set_xlabel("variance over that of the sequence ratio")
     for row, ratio in enumerate(ratios):
         _dots(axes, row, ratio.relative_variance, ratio)

@@ -370,10 +370,11 @@ def test_a_file_that_is_not_a_json_object(tmp_path: Path, capsys: pytest.Capture
         ("series.recorded.0", None, r"series.recorded\[0\] is a NoneType"),
         ("series.recorded.0.std", [1.0], r"series.recorded\[0\].std has 1 numbers, series.recorded\[0\].t has 64"),
         ("series.recorded.0.std.3", None, r"series.recorded\[0\].std is not a list of finite numbers"),
-        ("series.recorded.0.std.3", -1.0, r"series.recorded\[0\].std are not standard deviations"),
+        ("series.recorded.0.std.3", -1.0, r"series.recorded\[0\].std has numbers below 0"),
         ("series.recorded.0.t.0", 2, r"series.recorded\[0\].t are not positions"),
         ("series.recorded.0.n.0", 1, r"series.recorded\[0\].n has numbers of sequences below 2"),
         ("series.recorded.0.kind", 3, r"series.recorded\[0\].kind is 3, not a string"),
+        ("series.synthetic.1.std.10", 0.0, r"series.synthetic\[1\].std ends with 0"),
         ("series.synthetic.1.mean", "x", r"series.synthetic\[1\].mean is not a list"),
         ("series.monte_carlo.error_variance.0", 0.0, r"series.monte_carlo has a variance or a standard error"),
         ("series.monte_carlo.n", 1.5, r"series.monte_carlo.n is 1.5"),
@@ -423,6 +424,17 @@ def test_what_the_recording_may_lack(figures: dict[str, Figure]) -> None:
         with pytest.raises(MissingError, match="no pair spreads"):
             command.FIGURES["spread_recorded"](content)
     assert len(figures["spread_recorded"].axes) == 6
+
+
+def test_a_spread_too_small_for_the_axis_is_stated() -> None:
+    content = results()
+    with style.styled():
+        for std, said in ((None, "float32 batch 1: below 0.000001"), (0.0, "float32 batch 1: exactly 0")):
+            entry = next(s for s in content["series"]["recorded"] if s["name"] == "float32_batch_1")
+            entry["std"] = entry["std"] if std is None else [std] * len(entry["t"])
+            figure = command.FIGURES["spread_recorded"](content)
+            assert said in [text.get_text() for text in texts(figure)]
+            command.FIGURES["overview"](content)
 
 
 def test_an_unknown_source_is_said_to_be_unknown() -> None:
