@@ -121,6 +121,33 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
     )
 
 
+# --- 8.sample -------------------------------------------------------------------------------------------------------
+
+
+def kish(weights: np.ndarray) -> float:
+    """Sample ESS as a fraction, by ctpo.diagnostics."""
+    return float(effective_sample_size(np.log(weights))) / len(weights)
+
+
+def from_the_truth(weights: np.ndarray) -> float:
+    """Wrong: the population value, as if the sample knew it."""
+    return float(np.exp(-(SIGMAS[0] ** 2) * 8000))
+
+
+def check_sample_ess(context: Context, ess: Callable[[np.ndarray], float]) -> Iterator[Evidence]:
+    """At the paper's spread and length a batch of 400,000 overstates its ESS many times."""
+    v, n, rng = SIGMAS[0] ** 2 * 8000, 400_000, context.rng("sample ess")
+    found = [ess(np.exp(rng.normal(-v / 2, math.sqrt(v), n))) for _ in range(9)]
+    true = math.exp(-v)
+    yield Evidence(
+        f"sample ESS of nine batches of {n} log-normal ratios, sigma = 0.0335, t = 8000, against exp(-sigma^2 t)",
+        "Monte Carlo",
+        f"sigma = 0.0335, t = 8000, n = {n}: median sample ESS {np.median(found):.2g}, true {true:.2g}",
+        bool(np.median(found) > 4 * true),
+        {"sample_ess": found, "true": true},
+    )
+
+
 # --- 8.scale --------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +258,17 @@ CLAIMS = (
         cumulative,
         lambda paths: paths.ratio,
         "token ratios instead of their products",
+    ),
+    Claim(
+        "8.sample",
+        "The ESS of a large batch tells the effective sample size of the ratio.",
+        "false",
+        "with a heavy tail the batch has not seen the weights that make its ESS small",
+        "how ESS plots are usually read",
+        check_sample_ess,
+        kish,
+        from_the_truth,
+        "the population value passed off as a sample's",
     ),
     Claim(
         "8.scale",

@@ -196,6 +196,43 @@ def check_survivors(_context: Context, process: Process) -> Iterator[Evidence]:
     )
 
 
+# --- 1.sample -------------------------------------------------------------------------------------------------------
+
+#: Var(log rho) -> median sample mean of 1000 log-normal ratios with E rho = 1.
+MEDIANS = {2.0: 0.995, 4.0: 0.966, 8.98: 0.743}
+
+
+def as_given(variance_of_log: float) -> float:
+    """The variance of log rho itself."""
+    return variance_of_log
+
+
+def tenfold_smaller(variance_of_log: float) -> float:
+    """Wrong: a tenth of it, where sample means are still near 1."""
+    return variance_of_log / 10
+
+
+def check_sample(context: Context, used: Callable[[float], float]) -> Iterator[Evidence]:
+    """The typical mean of a batch falls below 1 long before E_b rho_t does (it never does)."""
+    rng, n, runs = context.rng("sample"), 1000, 4000
+    found, inside = [], True
+    # Distribution-free interval for a median from order statistics, at the family level over the three of them.
+    reach = int(np.ceil(z_threshold(len(MEDIANS)) * np.sqrt(runs) / 2))
+    for v, expected in MEDIANS.items():
+        spread = used(v)
+        means = np.sort([np.exp(rng.normal(-spread / 2, np.sqrt(spread), n)).mean() for _ in range(runs)])
+        found.append(float(np.median(means)))
+        # The known medians are given to three digits.
+        inside &= means[runs // 2 - reach] - 5e-4 <= expected <= means[runs // 2 + reach] + 5e-4
+    yield Evidence(
+        f"median over {runs} batches of the mean of {n} log-normal ratios with E rho = 1, at Var(log rho) = 2, 4, 8.98",
+        "Monte Carlo",
+        f"median sample mean of 1000 ratios with E rho = 1: {listed(found)} at Var(log rho) = 2, 4, 8.98",
+        bool(inside),
+        {"variance_of_log": list(MEDIANS), "median": found, "expected": list(MEDIANS.values())},
+    )
+
+
 # --- 1.variance: increments, convex functions -----------------------------------------------------------------------
 
 
@@ -448,6 +485,17 @@ CLAIMS = (
         cumulative,
         lambda paths: paths.ratio,
         "token ratios instead of their products",
+    ),
+    Claim(
+        "1.sample",
+        "As E_b rho_t = 1, the mean of rho_t over a batch is near 1 at every t.",
+        "false",
+        "once Var(log rho_t) is some units large, rare huge ratios that most batches miss carry the mean",
+        "how a logged mean ratio is usually read",
+        check_sample,
+        as_given,
+        tenfold_smaller,
+        "a tenth of the variance",
     ),
     Claim(
         "1.variance",
