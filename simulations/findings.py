@@ -88,8 +88,8 @@ def _pm(value: float, error: float) -> str:
         return "-"
     if not np.isfinite(error) or error <= 0:
         return f"{value:.3g}"
-    digits = max(0, 1 - int(np.floor(np.log10(error))))
-    return f"{value:.{min(digits, 4)}f} ± {error:.{min(digits, 4)}f}"
+    digits = min(max(0, 1 - int(np.floor(np.log10(error)))), 4)
+    return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"
 
 
 def _clip_row(name: str, trace: Trace) -> dict[str, Any]:
