@@ -992,7 +992,7 @@ class _ColumnMoments:
         centered = squares - total * offset
         # A replicate of one sequence, drawn again and again, has no variance but what rounding leaves.
         centered = np.where(centered <= np.maximum(_ROUNDING * squares, self.rounding), 0.0, centered)
-        variance = _divide(centered, np.where(count > 1.0, count - 1.0, 0.0))
+        variance = _divide(centered, np.maximum(count - 1.0, 0.0))
         return self.center + offset, variance
 
 
@@ -1030,6 +1030,7 @@ def _with_error(value: float, error: float) -> str:
 def _judged(name: str, value: float, error: float, n_units: int, position: int) -> Finding:
     """Finding on a statistic that has a standard error and a value to compare it with."""
     what, reference, meets, above, below = _REFERENCES[name]
+    error = 0.0 if error <= _ROUNDING * abs(value) else error
     text = f"{what.format(position)} is {_with_error(value, error)}: "
     distance = abs(value - reference)
     if name == "variance_ratio" and value > 0.0:

@@ -433,6 +433,22 @@ def test_power_of_linear_growth_is_one():
     assert fit.sigma**2 == pytest.approx(slopes.var(ddof=1) * 33 / 2, rel=1e-12)
 
 
+def test_rounding_is_no_spread_and_little_spread_is_no_rounding():
+    """The same ratios in every sequence; and ratios that differ by a billionth."""
+    rng = np.random.default_rng(6)
+    behavior_logp = np.full((50, 8), -1.0)
+    shared, own = rng.normal(size=(1, 8)), rng.normal(size=(50, 8))
+    same = fit_spread(behavior_logp + shared, behavior_logp)
+    assert (same.sigma, same.var_log_ratio, same.sigma_se) == (0, 0, 0)
+    assert math.isnan(same.power)
+    assert math.isnan(same.drift_ratio)
+    close = fit_spread(behavior_logp + 1e-9 * own, behavior_logp)
+    far = fit_spread(behavior_logp + own, behavior_logp)
+    assert close.sigma == pytest.approx(1e-9 * far.sigma, rel=1e-5)
+    assert "inf s.e. from 1" in diagnose(behavior_logp - 0.1, behavior_logp).verdict[0].statement
+    assert close.power == pytest.approx(far.power, rel=1e-5)
+
+
 NAMES = (
     "sigma",
     "power",
@@ -512,6 +528,7 @@ def test_seed_decides_the_bootstrap():
     assert fit_spread(*data, seed=1) == fit_spread(*data, seed=1)
     assert fit_spread(*data, seed=1) == fit_spread(*data, seed=np.random.default_rng(1))
     assert fit_spread(*data, seed=1).sigma_se != fit_spread(*data, seed=2).sigma_se
+    assert math.isfinite(fit_spread(*data, bootstrap=2).sigma_se)
     few, many = fit_spread(*data, bootstrap=256), fit_spread(*data, bootstrap=1000)
     assert few.sigma == many.sigma
     assert few.sigma_se == pytest.approx(many.sigma_se, rel=0.3)
@@ -580,6 +597,11 @@ def test_findings_carry_their_numbers():
     text = str(diagnosis)
     assert all(finding.statement in text for finding in diagnosis.verdict)
     assert all(name in text for name in table)
+    assert (
+        f"is {found['power'].value:.3f} (s.e. {found['power'].standard_error:.3f}): within" in found["power"].statement
+    )
+    assert "s.e." in found["ess"].statement
+    assert "s.e." not in found["pareto_k"].statement
     low = diagnose(logp, behavior_logp, min_ess=0.95).verdict[5]
     assert low.flagged
     assert low.value == table["ess_fraction"][np.flatnonzero(table["ess_fraction"] < 0.95)[0]]
@@ -719,7 +741,9 @@ def test_a_single_sequence_has_no_spread():
     np.testing.assert_allclose(fit.drift, -np.cumsum(logp - behavior_logp).sum() / 15)
     assert math.isnan(fit.sigma)
     assert math.isnan(fit.drift_se)
-    assert flags(diagnose(logp, behavior_logp)) == set()
+    verdict = diagnose(logp, behavior_logp).verdict
+    assert not any(finding.flagged for finding in verdict)
+    assert "has no standard error" in verdict[0].statement
 
 
 def test_a_single_position():
