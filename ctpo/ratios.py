@@ -266,8 +266,8 @@ def _over_turns(xp: Namespace, tokens: Array, mask: Array | None, level: str, tu
         order = _policy_first(xp, mask)
         tokens, turn_ids = (xp.take_along_axis(x, order, axis=-1) for x in (tokens, turn_ids))
         counted = xp.take_along_axis(xp.astype(mask, tokens.dtype), order, axis=-1)
-    # A run also starts where the policy tokens end, so that the packed rest joins no turn.
-    starts = (turn_ids != delay(xp, turn_ids, 1, 0)) | (counted != delay(xp, counted, 1, -1.0))
+    # The packed rest may join the last run: its log-ratios and counts are 0.
+    starts = turn_ids != delay(xp, turn_ids, 1, 0)
     value = run_sum(xp, tokens, starts)
     if level == "turn_mean":
         value = value / xp.where(counted > 0, run_sum(xp, counted, starts), 1.0)
