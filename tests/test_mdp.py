@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from world_strategies import KINDS, exact_chain, random_world, two_step, worlds
+from world_strategies import KINDS, exact_chain, examples, random_world, two_step, worlds
 
 from simulations.mdp import (
     END,
@@ -343,7 +343,7 @@ def test_builders_refuse_before_they_build(call, message):
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.one_of(st.none(), st.integers(0, 2)))
-@settings(max_examples=30)
+@examples(0.5)
 def test_tree_has_every_prefix_once(n_actions, horizon, eos):
     if eos is not None and eos >= n_actions:
         eos = 0
@@ -489,7 +489,7 @@ def test_truncate_policy():
 
 
 @given(worlds())
-@settings(max_examples=40)
+@examples(0.67)
 def test_world_tables(world):
     mdp = world.mdp
     policy = mdp.policy_states
@@ -516,7 +516,7 @@ def test_world_tables(world):
 
 
 @given(worlds())
-@settings(max_examples=30)
+@examples(0.5)
 def test_as_float_is_the_same_world_rounded(world):
     floating = world.as_float()
     assert world.exact
@@ -558,7 +558,7 @@ def test_with_parameters_forgets_own_scores():
 
 
 @given(st.integers(0, 1000), st.integers(2, 3), st.integers(2, 3), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=30)
+@examples(0.5)
 def test_random_trees_are_as_ordered(seed, n_actions, horizon, eos, tool, exact):
     for rewards in ("dense", "outcome", "both"):
         world = random_tree(
@@ -646,7 +646,7 @@ def test_bigram(rewards, eos):
 @given(
     st.integers(0, 1000), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["prefix", "position", "shared"])
 )
-@settings(max_examples=30)
+@examples(0.5)
 def test_random_chains_are_as_ordered(seed, deterministic, end, tool, parameters):
     world = random_chain(
         np.random.default_rng(seed),

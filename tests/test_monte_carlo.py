@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from world_strategies import KINDS, exact_chain, random_world
+from world_strategies import KINDS, exact_chain, examples, random_world
 
 import ctpo
 from simulations import monte_carlo
@@ -68,6 +68,16 @@ class FullWeight:
 
 
 @dataclass(frozen=True)
+class Minus:
+    """The negative of a statistic: its long tail is on the other side."""
+
+    statistic: Any
+
+    def __call__(self, batch):
+        return -self.statistic(batch)
+
+
+@dataclass(frozen=True)
 class Misrecorded:
     """A statistic of log-probabilities that the sampler did not use, as at another temperature."""
 
@@ -100,7 +110,7 @@ weights_lists = st.lists(
 
 
 @given(st.lists(weights_lists, min_size=1, max_size=3))
-@settings(max_examples=200)
+@examples(3.3)
 def test_alias_tables_hold_the_distribution(rows):
     width = max(map(len, rows))
     table = np.zeros((len(rows), width))
@@ -146,7 +156,7 @@ def test_sampler_tables_hold_every_transition(kind):
 
 
 @given(st.integers(0, 1000), st.sampled_from(KINDS))
-@settings(max_examples=30)
+@examples(0.5)
 def test_batches_are_trajectories(seed, kind):
     world = random_world(seed, kind).as_float()
     mdp = world.mdp
@@ -167,6 +177,24 @@ def test_batches_are_trajectories(seed, kind):
             with np.errstate(divide="ignore"):
                 assert batch.logp[i, t] == (np.log(world.target[s, a]) if written else 0)
                 assert batch.behavior_logp[i, t] == (np.log(world.behavior[s, a]) if written else 0)
+
+
+class Edge:
+    """A generator whose every uniform number is the smallest or the largest one possible."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self, n: int) -> np.ndarray:
+        return np.full(n, self.value)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nextafter(1.0, 0.0)])
+def test_impossible_tokens_are_not_drawn_even_at_the_edge(value):
+    mdp = chain("edges", np.zeros((1, 4), dtype=int), horizon=2, initial=0)
+    behavior = np.array([[0.0, 0.3, 0.7, 0.0]])
+    batch = Sampler(World(mdp, behavior, behavior)).draw(3, Edge(value))
+    assert set(batch.actions.ravel()) <= {1, 2}
 
 
 def test_the_split_of_one_uniform_number_stays_in_its_slots():
@@ -228,7 +256,7 @@ def test_what_stands_where_no_policy_writes_does_not_matter():
     st.sampled_from([0.0, 1.0, -1e6]),
     st.integers(0, 2**32),
 )
-@settings(max_examples=100)
+@examples(1.7)
 def test_merged_moments_are_those_of_the_whole_sample(sizes, offset, seed):
     rng = np.random.default_rng(seed)
     values = offset + rng.standard_normal((sum(sizes), 3)) ** 3
@@ -263,7 +291,7 @@ def test_merging_without_fourth_moments():
 def test_estimate_is_the_sample_statistics_of_its_chunks():
     """Mean, variance and both error bars against one-shot formulas on the same draws, a last chunk of 1 included."""
     world = random_chain(np.random.default_rng(1), n_states=5, horizon=4, end=True)
-    statistic = RatioByPosition()
+    statistic = Together((RatioByPosition(), Minus(FullWeight())))
     found = estimate(world, statistic, n=1001, seed=9, chunk_tokens=40)
     children = np.random.SeedSequence(9).spawn(101)
     sampler = Sampler(world)
@@ -378,12 +406,17 @@ def advantage_of(k: int) -> dict[str, Any]:
     return ({"advantage": "A_target"}, {"advantage": "Q_behavior"}, {"advantage": "one", "outcome": True})[k % 3]
 
 
+def estimators_of(k: int) -> tuple[ctpo.Estimator, str]:
+    """One that dynamic programming knows and one of the registry: every one meets tools, ends and both at some k."""
+    return FREE[(k // 2 + k % 2 + k // 8) % len(FREE)], NAMED[(k // 2 + 3 * (k % 2)) % len(NAMED)]
+
+
 def exact_answers(world: World, k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Means and variances of what `statistic_of` gives: rho_t, log rho_t and two estimators' summed gradients."""
     ratio, options = ratio_moments(world), advantage_of(k)
     means = [ratio.mean[1:], ratio.mean_log[1:]]
     variances = [ratio.variance[1:], ratio.var_log[1:]]
-    free, named = FREE[k % len(FREE)], NAMED[k % len(NAMED)]
+    free, named = estimators_of(k)
     by_levels = gradient_moments(world, free.level, window=free.window, covariance=True, **options)
     means.append(by_levels.mean)
     variances.append(np.diag(by_levels.covariance))
@@ -400,8 +433,8 @@ def exact_answers(world: World, k: int) -> tuple[list[np.ndarray], list[np.ndarr
 
 
 def statistic_of(world: World, k: int) -> Together:
-    estimators = (FREE[k % len(FREE)], NAMED[k % len(NAMED)])
-    return Together((RatioByPosition(), *(SummedGradient(world, e, **advantage_of(k)) for e in estimators)))
+    gradients = (SummedGradient(world, estimator, **advantage_of(k)) for estimator in estimators_of(k))
+    return Together((RatioByPosition(), *gradients))
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +510,27 @@ def test_controls_are_rejected_by_the_same_test(family):
     # And for variances: the level changes those too.
     windowed = np.diag(gradient_moments(world, "window", window=2, covariance=True).covariance)
     assert np.nanmax(variance_test(fair, windowed).z) > limit
+
+
+@pytest.mark.parametrize("kind", ["tree eos tool", "chain end tool"])
+def test_summed_gradients_are_those_of_the_enumerated_trajectories(kind):
+    """Path by path, without any statistics: every estimator, with tools and an end."""
+    for k, estimator in enumerate((*NAMED, *FREE)):
+        world = random_world(k + 3, kind, ("prefix", "position", "shared")[k % 3]).as_float()
+        world = replace(world, target=(world.behavior + world.target) / 2)
+        options = advantage_of(k)
+        paths = enumerate_trajectories(world)
+        advantages = paths.advantage(options["advantage"])
+        if options.get("outcome"):
+            advantages = advantages * world.mdp.outcome[paths.final_state][:, None]
+        weight = ctpo.get_estimator(estimator).coefficients(*paths.log_probabilities(), advantages, paths.mask).weight
+        summed = paths.summed_scores(weight * advantages)
+        keys = np.column_stack([paths.states, paths.actions, paths.final_state])
+        by_path = {tuple(key): row for key, row in zip(keys, summed, strict=True)}
+        batch = Sampler(world).draw(200, np.random.default_rng(k))
+        found = SummedGradient(world, estimator, **options)(batch)
+        for key, row in zip(np.column_stack([batch.states, batch.actions, batch.final_state]), found, strict=True):
+            np.testing.assert_allclose(row, by_path[tuple(key)], rtol=1e-12, atol=1e-13)
 
 
 def test_token_and_sequence_ratios_by_position():

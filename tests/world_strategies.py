@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from simulations.mdp import END, TOOL, World, as_numbers, chain, policy_table, random_policy, random_tree, tree
@@ -25,6 +26,11 @@ LEVELS: tuple[tuple[str, int | None], ...] = (
     ("lookahead", 2),
     ("lookahead", 50),
 )
+
+
+def examples(share: float) -> settings:
+    """A share of the examples of the profile in use, more or fewer than 1, without a deadline."""
+    return settings(max_examples=max(1, round(share * settings.default.max_examples)), deadline=None)
 
 
 def random_rows(rng: np.random.Generator, shape: tuple[int, ...], zeros: float = 0.0) -> np.ndarray:
