@@ -39,8 +39,8 @@ def spread_and_drift(results: Results) -> Figure:
         11 if len(parts) == 3 else 8,
         6.4,
         f"{data.model(results)}: {finding(series, 'spread like {} on held-out, {} on trained-on samples')}",
-        "Top: standard deviation over sequences, with the fitted power of t. "
-        "Bottom: mean, with a band of ± 2 standard errors over sequences.\n"
+        "Over the sequences still running at t. Top: standard deviation, and the fitted power of t. "
+        "Bottom: mean ± 2 standard errors.\n"
         r"Dotted: $-\mathrm{Var}(\log\rho_t)\,/\,2$, the mean of a Gaussian log-ratio for which "
         r"$\mathrm{E}\,\rho_t = 1$.",
         data.source(results),
