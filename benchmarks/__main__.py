@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import ctpo
-from simulations import results
+from simulations import results, tables
 from simulations.exact import gradient_moments, ratio_moments
 from simulations.mdp import World, random_chain
 from simulations.monte_carlo import RatioByPosition, estimate
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="also write the rows as JSON, with commit, versions and machine")
     options = parser.parse_args(arguments)
     rows = [row for part in options.only for row in PARTS[part]()]
-    results.console().print(results.plain_table("Benchmarks", rows))
+    tables.console().print(tables.plain_table("Benchmarks", rows))
     if options.output is not None:
         results.write_json(options.output, {"provenance": results.provenance({"only": options.only}), "rows": rows})
     return 0

