@@ -434,19 +434,21 @@ def test_power_of_linear_growth_is_one():
 
 
 def test_rounding_is_no_spread_and_little_spread_is_no_rounding():
-    """The same ratios in every sequence; and ratios that differ by a billionth."""
+    """The same ratios in every sequence; ratios that differ by a billionth; replicates of a single sequence."""
     rng = np.random.default_rng(6)
-    behavior_logp = np.full((50, 8), -1.0)
+    behavior_logp = -rng.exponential(size=(50, 8))
     shared, own = rng.normal(size=(1, 8)), rng.normal(size=(50, 8))
     same = fit_spread(behavior_logp + shared, behavior_logp)
     assert (same.sigma, same.var_log_ratio, same.sigma_se) == (0, 0, 0)
     assert math.isnan(same.power)
     assert math.isnan(same.drift_ratio)
-    close = fit_spread(behavior_logp + 1e-9 * own, behavior_logp)
+    close = fit_spread(behavior_logp + shared + 1e-9 * own, behavior_logp)
     far = fit_spread(behavior_logp + own, behavior_logp)
     assert close.sigma == pytest.approx(1e-9 * far.sigma, rel=1e-5)
-    assert "inf s.e. from 1" in diagnose(behavior_logp - 0.1, behavior_logp).verdict[0].statement
     assert close.power == pytest.approx(far.power, rel=1e-5)
+    assert "inf s.e. from 1" in diagnose(behavior_logp - 0.1, behavior_logp).verdict[0].statement
+    for seed in range(10):  # one replicate in nine draws one sequence three times
+        assert fit_spread(*walk(3, 2, 0.1, seed=seed)).drift_ratio_se < 1e6
 
 
 NAMES = (
