@@ -171,7 +171,8 @@ def verify_claims(options: argparse.Namespace) -> int:
     console.print(
         f"{len(claims) - len(missed)} of {len(claims)} claims verified in {data['provenance']['seconds']:.0f} s; "
         f"details in {_shown(folder / 'verification.md')}"
-        + (f"; [bold red]missed: {', '.join(missed)}[/]" if missed else "")
+        + (f"; [bold red]missed: {', '.join(missed)}[/]" if missed else ""),
+        soft_wrap=True,
     )
     return 1 if missed else 0
 
