@@ -98,8 +98,8 @@ _REFERENCES = {
         "Power of t by which log rho_t spreads up to position {}",
         0.5,
         "the sigma sqrt(t) law, which rounding noise obeys as well",
-        "the sigma sqrt(t) law; near 1 where the target was trained on these sequences, between where some "
-        "sequences diverge more than others or later tokens more than earlier ones",
+        "the sigma sqrt(t) law; some sequences diverge more than others, later tokens more than earlier ones, or "
+        "(a power near 1) the target was trained on these sequences",
         "the sigma sqrt(t) law; later tokens spread less or undo earlier ones",
     ),
     "variance_ratio": (
@@ -110,6 +110,8 @@ _REFERENCES = {
         "the value for uncorrelated tokens; the tokens of a sequence offset each other",
     ),
 }
+# What there would be instead, to tell apart before meeting a reference says anything: no drift, linear growth.
+_ALTERNATIVES = {"drift_ratio": 0.0, "power": 1.0}
 _ESS_TEXT = ("ESS fraction", "the first below {:g}.")
 _PARETO_TEXT = ("Pareto k", "the first above {:g}; ESS and mean ratio may be unreliable there.")
 
@@ -1042,6 +1044,9 @@ def _judged(name: str, value: float, error: float, n_units: int, position: int) 
     if n_units < _MIN_UNITS:
         text += f"{n_units} independent units are too few to judge it."
     elif distance <= max(_FLAG_Z * error, _ROUNDING):
+        alternative = _ALTERNATIVES.get(name, math.inf)
+        if _FLAG_Z * error >= abs(alternative - reference):
+            meets = f"but too uncertain to tell it from {alternative:g}"
         text += f"within {_FLAG_Z:g} s.e. of {reference:g}, {meets}."
     else:
         multiple = distance / error if error > 0.0 else math.inf

@@ -132,9 +132,7 @@ def clip_row(found, advantages, mask, low, high):
         pool = [(a, c) for _, a, c in tokens if among(a)]
         return sum(chosen(a, c) for a, c in pool) / len(pool) if pool else math.nan
 
-    row = {
-        f"clip_{side}": rate(lambda a, c, side=side: c[f"clipped_{side}"]) for side in ("low", "high", "dual")
-    }
+    row = {f"clip_{side}": rate(lambda a, c, side=side: c[f"clipped_{side}"]) for side in ("low", "high", "dual")}
     row["clip_total"] = rate(lambda a, c: c["clipped_low"] or c["clipped_high"] or c["clipped_dual"])
     row["saturated"] = rate(lambda a, c: c["saturated"])
     row["clip_low_given_negative"] = rate(lambda a, c: c["clipped_low"], lambda a: a < 0)
@@ -192,18 +190,14 @@ def fit(steps, horizon):
         / sum(len(path[:horizon]) for path in steps),
     }
     if several:
-        result["sigma"] = math.sqrt(
-            math.fsum((counts[t - 1] - 1) * variances[t - 1] / t for t in several) / freedom
-        )
+        result["sigma"] = math.sqrt(math.fsum((counts[t - 1] - 1) * variances[t - 1] / t for t in several) / freedom)
         result["token_std"] = math.sqrt(
             math.fsum((counts[t - 1] - 1) * token_variances[t - 1] for t in several) / freedom
         )
     if len(several) == horizon and math.fsum(token_variances):
         result["variance_ratio"] = variances[-1] / math.fsum(token_variances)
     points = [
-        (math.log(t), 0.5 * math.log(variances[t - 1]), (counts[t - 1] - 1) / t)
-        for t in several
-        if variances[t - 1]
+        (math.log(t), 0.5 * math.log(variances[t - 1]), (counts[t - 1] - 1) / t) for t in several if variances[t - 1]
     ]
     if len(points) > 1:
         q = [w for _, _, w in points]

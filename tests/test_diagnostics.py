@@ -632,6 +632,17 @@ def test_few_sequences_are_not_judged():
     assert not any(f.flagged for f in diagnose(*many, groups=np.arange(40) // 4).verdict[:5])
 
 
+def test_what_is_too_uncertain_is_said_to_be():
+    """Meeting -1/2 says nothing where 0 would be met as well: drift needs sqrt(n T) sigma of 8 or more."""
+    found = {finding.name: finding for finding in diagnose(*walk(100, 16, 0.02)).verdict}
+    assert "of -0.5, but too uncertain to tell it from 0" in found["drift_ratio"].statement
+    assert "of 0.5, the sigma sqrt(t) law" in found["power"].statement
+    found = {finding.name: finding for finding in diagnose(*walk(1000, 64, 0.2)).verdict}
+    assert "of -0.5, the value for Gaussian" in found["drift_ratio"].statement
+    found = {finding.name: finding for finding in diagnose(*walk(20, 2, 0.2)).verdict}
+    assert "of 0.5, but too uncertain to tell it from 1" in found["power"].statement
+
+
 def test_on_policy_is_nothing_to_flag():
     logp, _ = walk(30, 8, 0.1)
     diagnosis = diagnose(logp, logp, advantages=np.ones(30), estimator="ctpo")
