@@ -94,8 +94,7 @@ class PositionClip:
     Args:
         low: Scale of the lower log bound, positive.
         high: Scale of the upper log bound, positive.
-        power: Exponent of the position: 0.5 follows the spread of a cumulative log-ratio with independent
-            tokens,
+        power: Exponent of the position: 0.5 follows the spread of a cumulative log-ratio with independent tokens,
             -0.5 that of its mean, 0 gives a fixed window.
         dual: Scale of the upper log bound for negative advantages, positive; None for no bound. The released
             code of arXiv:2605.07331 has one, equal to `high`; the formula printed in the paper has none.

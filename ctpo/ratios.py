@@ -22,10 +22,9 @@ Masked entries (prompt, padding, tool output) are not tokens of the policy: they
 t and fill no place in a window. Arrays may belong to any array API library; all arithmetic is float32 or
 wider.
 
-Checks: shapes and dtypes are always checked. Values are checked where looking at them is free, on concrete
-    arrays in
-CPU memory; on an accelerator or a traced array (all of JAX's count as such) that would force a
-synchronization, so there a NaN at a policy token goes through to the result.
+Shapes and dtypes are always checked. Values are checked where looking at them is free, on concrete arrays in CPU
+memory; on an accelerator or a traced array (all of JAX's count as such) that would force a synchronization, so there
+a NaN at a policy token goes through to the result.
 """
 
 from __future__ import annotations

@@ -444,7 +444,7 @@ class _Recursion:
         for h in range(self.mdp.horizon - 1, -1, -1):
             for i, j, p in phases.emit:
                 weight = before[h][i][:, None] * self.coefficient[p] * self.table[h] * self.expect(tail[j])
-                np.add.at(mean, world.block(h), (weight[:, :, None] * self.local).sum(axis=1))
+                np.add.at(mean, world.block(h), _weighted_scores(weight, self.local))
             tail = [self.moved(q, tail[n], tail[j]) for j, (n, q) in enumerate(phases.after)]
         return mean.ravel()
 
@@ -483,7 +483,8 @@ class _Recursion:
                 for i2, k2, p2 in phases.carry:
                     weight = before[h][i * n_before + i2][:, None] * self.coefficient[p + p2] * advantage
                     later = pending[j, k2]
-                    trace = trace + 2 * (weight * (local * expect_block(later, block)).sum(axis=2)).sum()
+                    product = np.einsum("sad,sad->sa", local, expect_block(later, block))
+                    trace = trace + 2 * (weight * product).sum()
                     if full is not None:
                         left = (weight[edge_state, edge_action] * edge_probability)[:, None]
                         left = left * local[edge_state, edge_action]
@@ -500,7 +501,7 @@ class _Recursion:
                     for i2, j2, p in phases.emit:
                         if i2 == i:
                             weight = self.coefficient[q + p] * advantage * both_next[j_next, j2]
-                            total[states, block] += (weight[:, :, None] * local).sum(axis=1)
+                            total[states, block] += _weighted_scores(weight, local)
                     previous[j, i] = total
             pending = previous
             both_after = {
@@ -512,6 +513,11 @@ class _Recursion:
                 for (j, k), value in both_after.items()
             }
         return trace, None if full is None else full.reshape(n_blocks * d, n_blocks * d)
+
+
+def _weighted_scores(weight: np.ndarray, local: np.ndarray) -> np.ndarray:
+    """(S, d): sum over actions of weight (S, A) times score (S, A, d)."""
+    return np.matmul(weight[:, None, :], local)[:, 0]
 
 
 def _apply(matrix: Any, vector: np.ndarray) -> np.ndarray:
