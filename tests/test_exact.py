@@ -332,6 +332,18 @@ def test_rational_weights_equal_recursion_and_the_core(world, choice):
         assert all(weights[n, k] == 0 for k in np.flatnonzero(~paths.mask[n]))
 
 
+@pytest.mark.parametrize("kind", ["tree eos tool", "chain end tool"])
+def test_roots_count_the_tokens_of_the_policy(kind):
+    """Length-normalized levels, in floats: a gap or an end shortens the string."""
+    for seed in range(6):
+        paths = enumerate_trajectories(random_world(seed, kind).as_float())
+        sampled = paths.mask & (paths.behavior_probability > 0)[:, None]
+        for level in ("sequence_mean", "cumulative_mean"):
+            weights = np.where(sampled, rational_weights(paths, level), 0)
+            found = ctpo.log_ratio(*paths.log_probabilities(), sampled, level=level)
+            np.testing.assert_allclose(np.exp(np.where(sampled, found, -np.inf)), weights, rtol=1e-12, atol=1e-300)
+
+
 def test_enumeration_counts_before_it_builds():
     wide = bigram(np.random.default_rng(0), n_tokens=50, horizon=8192)
     with pytest.raises(ValueError, match=r"horizon: 8192 tokens .* make more than 200000 trajectories"):
@@ -410,6 +422,7 @@ def test_ratio_moments_without_absolute_continuity():
     never = two_step((F(0), F(1, 2)), {0: (F(0), F(1, 2)), 1: (F(1, 2), F(1, 2))}, require_support=False)
     assert ratio_moments(never).mean.tolist() == [1, F(1, 2), F(1, 4)]
     assert ratio_moments(never).second_moment.tolist() == [1, F(1, 4), F(1, 16)]
+    assert ratio_moments(never).ess_fraction.tolist() == [1, 1, 1]  # of the weights as they are, not of their mean 1
     # The order of the variances breaks too: theory.md, claim 1.
     broken = two_step((F(1, 2), F(3, 4)), {0: (F(1), F(1, 2)), 1: (F(1), F(1, 2))}, require_support=False)
     assert ratio_moments(broken).variance.tolist() == [0, F(1, 4), F(1, 16)]

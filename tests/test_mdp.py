@@ -256,9 +256,9 @@ def test_absolute_continuity_stops_at_the_horizon_and_looks_through_tools_and_ze
 
 def test_absolute_continuity_of_a_settled_chain_takes_no_time():
     mdp = chain("long", np.zeros((1, 2), dtype=int), horizon=10**7, initial=0)
-    start = time.perf_counter()
+    start = time.process_time()
     World(mdp, np.full((1, 2), 0.5), np.full((1, 2), 0.5))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --- refusals: builders ---
@@ -333,10 +333,10 @@ def test_absolute_continuity_of_a_settled_chain_takes_no_time():
     ],
 )
 def test_builders_refuse_before_they_build(call, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message):
         call()
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # --- trees ---
