@@ -57,7 +57,7 @@ def tables() -> list[dict[str, Any]]:
             clips.append(_clip_row(name, trace))
     return [
         {"title": f"Findings on {model}: spread and drift", "note": SPREAD_NOTE, "rows": spread},
-        {"title": f"Findings on {model}: clip rates", "note": CLIP_NOTE, "rows": clips},
+        {"title": f"Findings on {model}: % clipped at t = 1-16, 17-64, 65-256", "note": CLIP_NOTE, "rows": clips},
     ]
 
 
@@ -88,6 +88,8 @@ def _pm(value: float, error: float) -> str:
         return "-"
     if not np.isfinite(error) or error <= 0:
         return f"{value:.3g}"
+    if error >= 1000:
+        return f"{value:.2g} ± {error:.2g}"
     digits = min(max(0, 1 - int(np.floor(np.log10(error)))), 4)
     return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"
 
@@ -105,7 +107,7 @@ def _clip_row(name: str, trace: Trace) -> dict[str, Any]:
             pareto=False,
         )
         rates = [100 * float(rate) for rate in table["clip_total"]]
-        row[f"{window} % (1-16, 17-64, 65-256)"] = ", ".join(f"{rate:.1f}" for rate in rates)
+        row[window] = ", ".join(f"{rate:.1f}" for rate in rates)
     return row
 
 

@@ -57,7 +57,7 @@ def plain_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(rows[0]) if rows else []
     for name in names:
         numeric = all(isinstance(row[name], (int, float)) or row[name] is None for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=name == names[0])
     for row in rows:
         table.add_row(*[cell(row[name]) for name in names])
     return table
