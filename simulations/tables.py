@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +54,7 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
 
 def plain_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of any rows; numbers are right-aligned and shortened."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(rows[0]) if rows else []
     for name in names:
         numeric = all(isinstance(row[name], (int, float)) or row[name] is None for row in rows)
