@@ -386,7 +386,7 @@ def gradient_moments(
         world: Any world; Fractions give exact Fractions.
         level: "none" (weight 1), "token", "cumulative", "window", "lookahead" or "sequence".
         advantage: Name of a table or an (H, S, A) or (S, A) array.
-        window: Tokens, for "window" and "lookahead".
+        window: Tokens, for "window" and "lookahead"; the cost grows with its square.
         outcome: Multiply by the outcome reward of the state in which the stream stops.
         covariance: Also give the (D, D) covariance; its cost grows with D^2.
 

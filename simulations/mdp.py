@@ -430,15 +430,17 @@ def step_policy(behavior: np.ndarray, direction: np.ndarray, size: float) -> np.
     """The softmax policy whose logits are those of `behavior` moved by `size * direction` (float worlds).
 
     Args:
-        behavior: (S, A) positive probabilities.
+        behavior: (S, A) positive probabilities; rows of zeros, where no policy writes, stay as they are.
         direction: Broadcastable to (S, A), nats per unit step.
         size: Step length.
     """
     if behavior.dtype == object:
         raise ValueError("behavior: a step in logit space needs float64 probabilities, got Fractions")
-    if np.any(behavior <= 0):
+    written = np.any(behavior != 0, axis=-1, keepdims=True)
+    if np.any((behavior <= 0) & written):
         raise ValueError(f"behavior: a softmax policy has only positive probabilities, got {behavior.min()}")
-    return softmax(np.log(behavior) + size * direction)
+    logits = np.log(np.where(written, behavior, 1.0))
+    return np.where(written, softmax(logits + size * direction), 0.0)
 
 
 def temper_policy(behavior: np.ndarray, temperature: float | Fraction) -> np.ndarray:

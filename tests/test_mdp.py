@@ -450,6 +450,8 @@ def test_step_policy_moves_logits():
     shift = np.log(moved) - np.log(behavior) - 0.7 * direction
     np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1], shift.shape), atol=1e-13)
     np.testing.assert_allclose(step_policy(behavior, direction, 0.0), behavior, rtol=1e-14)
+    unwritten = np.vstack([behavior, np.zeros((1, behavior.shape[1]))])
+    np.testing.assert_allclose(step_policy(unwritten, np.ones(4), 5.0), unwritten, rtol=1e-13)
     np.testing.assert_allclose(step_policy(behavior, np.ones(4), 5.0), behavior, rtol=1e-13)
     np.testing.assert_allclose(softmax(np.array([[1000.0, 1000.0], [-1e4, 0.0]])), [[0.5, 0.5], [0, 1]])
 
