@@ -34,7 +34,7 @@ def provenance(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """What a result depends on: commit and whether the tree was changed, versions, machine, settings, time."""
     return {
         "commit": commit(),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "dirty": dirty(),
         "versions": versions(),
         "machine": {
             "system": platform.system(),
@@ -61,6 +61,12 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The checkout's commit; None outside of one."""
     return _git("rev-parse", "HEAD")
+
+
+def dirty() -> bool | None:
+    """Whether the checkout has changes that are not committed; None outside of one."""
+    status = _git("status", "--porcelain")
+    return None if status is None else bool(status)
 
 
 def _git(*arguments: str) -> str | None:

@@ -615,6 +615,7 @@ def record(
             "versions": results.versions(),
             "platform": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "commit": results.commit(),
+            "dirty": results.dirty(),
         }
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
 
