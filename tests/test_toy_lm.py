@@ -309,7 +309,7 @@ def test_tool_gaps_are_masked(name):
             assert mask[h] == (left == 0) == world.mdp.policy_states[states[h]]
 
 
-def test_a_gap_taken_for_the_policys_own_tokens_is_noticed():
+def test_a_gap_taken_for_tokens_of_the_policy_is_noticed():
     """Negative control: without its mask a gap changes the ratios and the gradient."""
     model = MODELS["trigram long gap"]
     world = model.world()[1]
