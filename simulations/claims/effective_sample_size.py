@@ -11,7 +11,7 @@ import numpy as np
 
 import ctpo
 from ctpo.diagnostics import effective_sample_size
-from simulations.claims.martingale import Process, cumulative
+from simulations.claims.martingale import Process, cumulative, median_interval
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, long_worlds, random_trees
 from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
@@ -96,15 +96,6 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
         found == [Fraction(8, 5), 2] and np.allclose(library, [1.6, 2.0], rtol=1e-12),
         {"ess": [str(f) for f in found], "ctpo": library},
     )
-    paths = enumerate_trajectories(iid_quarter(3))
-    expected = list(expected_pair_ess(paths))
-    yield Evidence(
-        "E[sample ESS] of n = 2, i.i.d. tokens, t = 1, 2, 3: falls here",
-        "enumeration",
-        f"E[sample ESS], n = 2, i.i.d. tokens: {listed(expected)}: it falls",
-        expected == [Fraction(9, 5), Fraction(349, 205), Fraction(24501, 14965)],
-        {"expected_ess": [str(e) for e in expected]},
-    )
     rises, count, example = 0, 0, ""
     for world in random_trees(context, "batch", 120):
         count += 1
@@ -113,11 +104,21 @@ def check_batch(context: Context, process: Process) -> Iterator[Evidence]:
             rises += 1
             example = example or f"{values[0]} to {values[1]}"
     yield Evidence(
-        "but E[sample ESS] rises from t = 1 to 2 on some random trees",
+        "E[sample ESS] of n = 2 rises from t = 1 to 2 on some random trees",
         "enumeration",
-        f"it rises on {rises} of {count} random trees" + (f", for example from {example}" if rises else ""),
+        f"E[sample ESS], n = 2, rises from t = 1 to 2 on {rises} of {count} random trees"
+        + (f", for example {example}" if rises else ""),
         rises > 0 or context.quick,
         {"rises": rises, "worlds": count, "example": example},
+    )
+    paths = enumerate_trajectories(iid_quarter(3))
+    expected = list(expected_pair_ess(paths))
+    yield Evidence(
+        "but for i.i.d. tokens it falls: E[sample ESS] of n = 2 at t = 1, 2, 3",
+        "enumeration",
+        f"E[sample ESS], n = 2, i.i.d. tokens: {listed(expected)} at t = 1, 2, 3: it falls",
+        expected == [Fraction(9, 5), Fraction(349, 205), Fraction(24501, 14965)],
+        {"expected_ess": [str(e) for e in expected]},
     )
 
 
@@ -135,16 +136,19 @@ def from_the_truth(weights: np.ndarray) -> float:
 
 
 def check_sample_ess(context: Context, ess: Callable[[np.ndarray], float]) -> Iterator[Evidence]:
-    """At the paper's spread and length a batch of 400,000 overstates its ESS many times."""
-    v, n, rng = SIGMAS[0] ** 2 * 8000, 400_000, context.rng("sample ess")
-    found = [ess(np.exp(rng.normal(-v / 2, math.sqrt(v), n))) for _ in range(9)]
+    """At the paper's spread and length most batches of 400,000 overstate the effective sample size."""
+    v, n, runs, rng = SIGMAS[0] ** 2 * 8000, 400_000, 60, context.rng("sample ess")
+    found = [ess(np.exp(rng.normal(-v / 2, math.sqrt(v), n))) for _ in range(runs)]
     true = math.exp(-v)
+    low, high = median_interval(np.array(found), 1)
     yield Evidence(
-        f"sample ESS of nine batches of {n} log-normal ratios, sigma = 0.0335, t = 8000, against exp(-sigma^2 t)",
+        f"sample ESS of {runs} batches of {n} log-normal ratios, sigma = 0.0335, t = 8000, against exp(-sigma^2 t): "
+        "the interval of its median, from order statistics",
         "Monte Carlo",
-        f"sigma = 0.0335, t = 8000, n = {n}: median sample ESS {np.median(found):.2g}, true {true:.2g}",
-        bool(np.median(found) > 4 * true),
-        {"sample_ess": found, "true": true},
+        f"sigma = 0.0335, t = 8000, n = {n}: median sample ESS {np.median(found):.2g} "
+        f"({low:.2g} to {high:.2g}), true {true:.2g}",
+        low > true,
+        {"sample_ess": found, "interval": [low, high], "true": true},
     )
 
 
@@ -170,7 +174,7 @@ def binary_world(sigma: float, horizon: int) -> World:
 
 
 def check_scale(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]) -> Iterator[Evidence]:
-    """At the paper's spread the prefix ratio has lost half of its effective samples after some 450-620 tokens."""
+    """At the paper's spreads the prefix ratio has lost half of its effective samples after some 450 to 620 tokens."""
     at = np.array([100, 1000, 4000, 8000])
     found = ess(SIGMAS[0], at)
     expected = [0.894, 0.326, 0.0112, 1.3e-4]
@@ -212,9 +216,12 @@ def check_scale(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]
 
 
 def _sampled_ess(context: Context, ess: Callable[[float, np.ndarray], np.ndarray]) -> Evidence:
-    """Sample ESS meets the formula while sigma^2 t <= 1; its error bar comes from the exact moments of rho^2."""
-    sigma, n, at = SIGMAS[0], context.count(200_000) // 1000 * 1000, np.array([100, 300, 600, 890])
-    sampler = Sampler(binary_world(sigma, 890))
+    """Sample ESS meets the formula while sigma^2 t <= 1/2; its error bar comes from the exact moments of rho^2.
+
+    Further out single large rho^2 make the error skewed, and a normal limit would reject the truth too often.
+    """
+    sigma, n, at = SIGMAS[0], context.count(200_000) // 1000 * 1000, np.array([100, 200, 300, 445])
+    sampler = Sampler(binary_world(sigma, int(at[-1])))
     rng = context.rng("sampled ess")
     sums = np.zeros((2, len(at)))
     for _ in range(n // 1000):
@@ -228,7 +235,7 @@ def _sampled_ess(context: Context, ess: Callable[[float, np.ndarray], np.ndarray
     z = np.abs(np.log(fraction / ess(sigma, at))) / error
     limit = z_threshold(len(at))
     return Evidence(
-        f"sample ESS of {n} trajectories against the formula at t = {', '.join(map(str, at))} (sigma^2 t <= 1)",
+        f"sample ESS of {n} trajectories against the formula at t = {', '.join(map(str, at))} (sigma^2 t <= 1/2)",
         "Monte Carlo",
         f"sample ESS against the formula: largest |z| {z.max():.2f} (limit {limit:.2f}), n = {n}",
         bool(z.max() < limit),

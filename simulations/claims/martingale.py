@@ -38,6 +38,11 @@ def one_token_late(paths: Trajectories) -> np.ndarray:
     return ratio.cumprod(axis=1)
 
 
+def before_token(process: np.ndarray) -> np.ndarray:
+    """(N, H) values of a process just before every token: 1 before the first, else those after the last."""
+    return np.column_stack([process[:, 0] * 0 + 1, process[:, :-1]])
+
+
 def state_after(paths: Trajectories, step: int) -> np.ndarray:
     """(N,) state once `step + 1` tokens are written; in a tree it names the prefix."""
     return paths.states[:, step + 1] if step + 1 < paths.states.shape[1] else paths.final_state
@@ -198,8 +203,16 @@ def check_survivors(_context: Context, process: Process) -> Iterator[Evidence]:
 
 # --- 1.sample -------------------------------------------------------------------------------------------------------
 
-#: Var(log rho) -> median sample mean of 1000 log-normal ratios with E rho = 1.
-MEDIANS = {2.0: 0.995, 4.0: 0.966, 8.98: 0.743}
+#: Var(log rho) -> median sample mean of 1000 log-normal ratios with E rho = 1, from 40,000 samples, to half a percent.
+MEDIANS = {2.0: 0.995, 4.0: 0.961, 8.98: 0.734}
+
+
+def median_interval(values: np.ndarray, comparisons: int) -> tuple[float, float]:
+    """Interval for the median from order statistics, whatever the distribution, one of some at the family level."""
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    reach = int(np.ceil(z_threshold(comparisons) * np.sqrt(len(ordered)) / 2))
+    return float(ordered[middle - reach]), float(ordered[middle + reach])
 
 
 def as_given(variance_of_log: float) -> float:
@@ -213,23 +226,29 @@ def tenfold_smaller(variance_of_log: float) -> float:
 
 
 def check_sample(context: Context, used: Callable[[float], float]) -> Iterator[Evidence]:
-    """The typical mean of a batch falls below 1 long before E_b rho_t does (it never does)."""
+    """The typical mean of a batch falls below 1, though E_b rho_t never does."""
     rng, n, runs = context.rng("sample"), 1000, 4000
-    found, inside = [], True
-    # Distribution-free interval for a median from order statistics, at the family level over the three of them.
-    reach = int(np.ceil(z_threshold(len(MEDIANS)) * np.sqrt(runs) / 2))
-    for v, expected in MEDIANS.items():
+    found, intervals = [], []
+    for v in MEDIANS:
         spread = used(v)
-        means = np.sort([np.exp(rng.normal(-spread / 2, np.sqrt(spread), n)).mean() for _ in range(runs)])
+        means = np.array([np.exp(rng.normal(-spread / 2, np.sqrt(spread), n)).mean() for _ in range(runs)])
         found.append(float(np.median(means)))
-        # The known medians are given to three digits.
-        inside &= means[runs // 2 - reach] - 5e-4 <= expected <= means[runs // 2 + reach] + 5e-4
+        intervals.append(median_interval(means, len(MEDIANS)))
+    inside = all(
+        low <= 1.005 * known and 0.995 * known <= high
+        for known, (low, high) in zip(MEDIANS.values(), intervals, strict=True)
+    )
     yield Evidence(
         f"median over {runs} batches of the mean of {n} log-normal ratios with E rho = 1, at Var(log rho) = 2, 4, 8.98",
         "Monte Carlo",
         f"median sample mean of 1000 ratios with E rho = 1: {listed(found)} at Var(log rho) = 2, 4, 8.98",
-        bool(inside),
-        {"variance_of_log": list(MEDIANS), "median": found, "expected": list(MEDIANS.values())},
+        inside and intervals[-1][1] < 0.8,
+        {
+            "variance_of_log": list(MEDIANS),
+            "median": found,
+            "interval": intervals,
+            "expected": list(MEDIANS.values()),
+        },
     )
 
 
@@ -263,15 +282,14 @@ CONVEX: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def check_variance(context: Context, chi2: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
-    """Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0, and every convex function of rho_t grows."""
+    """Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0; E_b phi(rho_t) never falls if phi is convex."""
     steps = good = ordered = compared = worlds = 0
     for world in random_trees(context, "variance", 300, same_share=0.2):
         worlds += 1
         paths = enumerate_trajectories(world)
         rho, divergence = cumulative(paths), chi2(world)
         spread = [Fraction(0), *variance(paths, rho)]
-        before = np.column_stack([rho[:, 0] * 0 + 1, rho[:, :-1]])
-        gain = paths.expectation(before**2 * divergence[paths.states])
+        gain = paths.expectation(before_token(rho) ** 2 * divergence[paths.states])
         steps += len(gain)
         good += sum(spread[t + 1] - spread[t] == gain[t] >= 0 for t in range(len(gain)))
         for phi in CONVEX.values():
@@ -288,7 +306,7 @@ def check_variance(context: Context, chi2: Callable[[World], np.ndarray]) -> Ite
     yield Evidence(
         f"E_b phi(rho_t) non-decreasing for phi = {', '.join(CONVEX)}",
         "enumeration",
-        f"E phi(rho_t) grows in {ordered} of {compared} comparisons, {len(CONVEX)} convex phi",
+        f"E phi(rho_t) does not fall in {ordered} of {compared} comparisons, {len(CONVEX)} convex phi",
         ordered == compared,
         {"comparisons": compared, "ordered": ordered},
     )
@@ -316,16 +334,18 @@ def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
     compared = least = 0
     for world in random_trees(context, "optimal", 100):
         paths = enumerate_trajectories(world)
-        claimed, rho, ratio = weight(paths), cumulative(paths), paths.ratio
+        claimed, rho = weight(paths), cumulative(paths)
         horizon = rho.shape[1]
         for t in range(horizon):
-            value = as_numbers(rng.integers(-3, 4, size=world.mdp.n_states), True)[state_after(paths, t)]
+            prefix, following = state_after(paths, t), min(t + 1, horizon - 1)
+            value, noise = as_numbers(rng.integers(-3, 4, size=(2, world.mdp.n_states)), True)[:, prefix]
             share = Fraction(int(rng.integers(0, 4)), 3)
+            surprise = paths.ratio[:, following] - 1 if following > t else 0  # mean 0 after every prefix
             rivals = [
                 rho[:, -1],
-                rho[:, min(t + 1, horizon - 1)],
+                rho[:, following],
                 share * rho[:, t] + (1 - share) * rho[:, -1],
-                rho[:, t] * (1 + share * (ratio[:, t + 1 :].prod(axis=1) - 1)),
+                rho[:, t] + noise * surprise,
             ]
             mine = claimed[:, t] * value
             target = paths.expectation(rho[:, t] * value)
@@ -334,7 +354,7 @@ def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
                 unbiased = paths.expectation(rival * value) == target == paths.expectation(mine)
                 least += int(unbiased and variance(paths, mine) <= variance(paths, rival * value))
     yield Evidence(
-        "Var(rho_t f) <= Var(w f) against full-sequence, one-longer and mixed unbiased weights w, random f",
+        "Var(rho_t f) <= Var(w f) against full-sequence, one-longer, mixed and noisy unbiased weights w, random f",
         "enumeration",
         f"rho_t has the least variance in {least} of {compared} comparisons",
         least == compared,
@@ -444,7 +464,7 @@ def check_strict(context: Context, reach: Callable[[World], np.ndarray]) -> Iter
     numbers = [*variance(paths, cumulative(paths)), variance(paths, paths.ratio[:, 1])]
     differs = (world.behavior != world.target).any(axis=1) & (reach(world) > 0)
     yield Evidence(
-        "so Prop. 2(i) as printed (strict, no assumption) fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
+        "so strictness without any assumption, as printed, fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
         "enumeration",
         f"Var(rho_1), Var(rho_2) = {listed(numbers[:2])}: equal, though the second token's ratio has Var {numbers[2]}",
         numbers == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
@@ -499,7 +519,7 @@ CLAIMS = (
     ),
     Claim(
         "1.variance",
-        "Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0; every convex function of rho_t grows.",
+        "Var(rho_{t+1}) - Var(rho_t) = E_b[rho_t^2 chi2(s_{t+1})] >= 0; E_b phi(rho_t) never falls for a convex phi.",
         "true if",
         "absolute continuity",
         "arXiv:2605.07331, Prop. 2(i), with the exact increment",
@@ -532,10 +552,11 @@ CLAIMS = (
     ),
     Claim(
         "1s.strict",
-        "Var(rho_t) < Var(rho_H) for t < H without any assumption on the policies.",
+        "Var(rho_t) < Var(rho_H), strictly, for every t < H.",
         "true if",
-        "pi != b on some prefix that pi (not only b) reaches at a step after t; otherwise the two are equal",
-        "arXiv:2605.07331, Prop. 2(i), strictness",
+        "absolute continuity, and pi != b on some prefix that pi (not only b) reaches at a step after t; if there is "
+        "none, the two are equal",
+        "arXiv:2605.07331, Prop. 2(i), printed without any assumption",
         check_strict,
         reached_under_target,
         reached_under_behavior,

@@ -1,9 +1,9 @@
 """What a claim is, and how it is checked.
 
-A claim has an id, a statement, its assumptions and the verdict we expect: "true", "true if" (only under the stated
-assumptions) or "false". A false claim passes when its counterexample is confirmed. Each check takes the thing under
-test, its `subject`, as an argument; run once more on a deliberately wrong subject (the negative control) the very
-same check must fail, or it could not have told right from wrong.
+A claim has an id, a statement, its assumptions and the verdict we expect: "true", "true if" (under the stated
+assumptions; without them it can fail) or "false". A false claim passes when its counterexample is confirmed. Each
+check takes the thing under test, its `subject`, as an argument; run once more on a deliberately wrong subject (the
+negative control) the very same check must fail, or it could not have told right from wrong.
 """
 
 from __future__ import annotations

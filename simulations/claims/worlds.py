@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -81,11 +82,11 @@ def long_worlds(context: Context, horizon: int) -> list[World]:
     ]
 
 
-def scalar(value: object) -> str:
+def scalar(value: Any) -> str:
     """A number for reading: a fraction as it is, a float to three digits."""
-    return str(value) if isinstance(value, (Fraction, int, np.integer)) else f"{float(value):.3g}"  # type: ignore[arg-type]
+    return str(value) if isinstance(value, (Fraction, int, np.integer)) else f"{float(value):.3g}"
 
 
-def listed(values: object) -> str:
+def listed(values: Iterable[Any]) -> str:
     """Numbers for reading, separated by commas."""
-    return ", ".join(scalar(v) for v in values)  # type: ignore[attr-defined]
+    return ", ".join(scalar(v) for v in values)
