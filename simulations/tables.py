@@ -18,7 +18,6 @@ SHORT_ENGINE = {
     "recorded": "rec",
 }
 
-
 #: How a claim's assumptions read beside its verdict.
 ASSUMPTION_LABEL = {"true": "note", "true if": "if", "false": "why"}
 
@@ -92,21 +91,24 @@ def markdown_report(data: Mapping[str, Any]) -> str:
     text = [
         "# Verification report\n",
         f"{good} of {len(outcomes)} claims verified as expected. A claim with the verdict *false* passes when its "
-        "counterexample is confirmed; every claim also passes a negative control (a deliberately wrong subject that "
-        "the same check must reject).\n",
+        "counterexample is confirmed; every claim also has a negative control, a deliberately wrong subject that the "
+        "same check must reject.\n",
         f"- commit: {made['commit'] or 'not a git checkout'}{' (with local changes)' if made['dirty'] else ''}",
         f"- finished: {made['finished']}",
         f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, device {machine['device']}",
         "- versions: " + ", ".join(f"{k} {v}" for k, v in made["versions"].items()),
         "- settings: " + ", ".join(f"{k}={v}" for k, v in made["configuration"].items()) + "\n",
-        "| claim | verdict expected | pass | seconds |",
-        "|---|---|---|---|",
     ]
-    text += [
-        f"| [{o['id']}](#{_anchor(o['id'])}) {o['statement']} | {o['verdict']} | "
-        f"{'yes' if o['passed'] else '**NO**'} | {o['seconds']:.1f} |"
+    overview = [
+        {
+            "claim": f"[{o['id']}](#{_anchor(o['id'])}) {o['statement']}",
+            "verdict expected": o["verdict"],
+            "pass": o["passed"],
+            "seconds": f"{o['seconds']:.1f}",
+        }
         for o in outcomes
     ]
+    text.append(markdown_rows(overview))
     for o in outcomes:
         text += [
             f"\n## {o['id']}\n",
