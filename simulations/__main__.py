@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import traceback
@@ -40,16 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     listing = commands.add_parser("list", help="list the claims")
-    listing.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
+    listing.add_argument("--only", nargs="+", metavar="ID", help="ids (2.general) or groups (2) of claims")
 
     verifying = commands.add_parser(
         "verify", help="check every claim, print the table, write results/verification.json"
     )
-    verifying.add_argument("--only", nargs="+", metavar="ID", help="claims whose id starts with one of these")
+    verifying.add_argument(
+        "--only", nargs="+", metavar="ID", help="ids (2.general) or groups (2); nothing is written without --output"
+    )
     verifying.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
     verifying.add_argument("--seed", type=_natural, default=0, help="root seed (default 0)")
     verifying.add_argument("--quick", action="store_true", help="fewer random worlds and samples")
-    verifying.add_argument("--output", type=Path, help="folder for result files (default: results)")
+    verifying.add_argument("--output", type=_folder, help="folder for result files (default: results)")
 
     running = commands.add_parser("run", help="measure estimators on a world of your choice")
     _add_run_options(running)
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Small matrices: BLAS threads would only get in each other's way, and in that of the worker processes.
         with threadpoolctl.threadpool_limits(1):
             return int(COMMANDS[options.command](options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -84,8 +87,20 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
+def _file(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
+    return Path(text)
+
+
 def selected(only: Sequence[str] | None) -> list[str]:
-    """Claim ids that start with one of the given prefixes, in order."""
+    """Ids of the claims that are named, or whose group is, in order."""
     if not only:
         return list(CLAIMS)
     for prefix in only:
@@ -129,7 +144,7 @@ def _verify_one(identifier: str, context: Context) -> Outcome:
 
 
 def verify_claims(options: argparse.Namespace) -> int:
-    """Check the selected claims in parallel, print the table and write the result files."""
+    """Check the selected claims in parallel, print the table and, if they are all or asked for, write the files."""
     from simulations import findings
 
     identifiers = selected(options.only)
@@ -156,21 +171,24 @@ def verify_claims(options: argparse.Namespace) -> int:
             {"seed": options.seed, "quick": options.quick, "only": options.only, "jobs": options.jobs}
         ),
         "claims": claims,
-        "findings": findings.tables(),
-        "series": findings.series(context),
+        "findings": findings.tables() if any(claim["id"].startswith("R.") for claim in claims) else [],
     }
     data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
     console.print(tables.claims_table(claims))
     for section in data["findings"]:
         console.print(tables.plain_table(section["title"], section["rows"]))
         console.print(section["note"], style="dim")
-    folder = options.output or results.RESULTS
-    results.write_json(folder / "verification.json", data)
-    results.write_text(folder / "verification.md", tables.markdown_report(data))
+    written = "a part of the claims: nothing was written"
+    if not options.only or options.output:
+        folder = options.output or results.RESULTS
+        data["series"] = findings.series(context)
+        results.write_json(folder / "verification.json", data)
+        results.write_text(folder / "verification.md", tables.markdown_report(data))
+        written = f"details in {_shown(folder / 'verification.md')}"
     missed = [c["id"] for c in claims if not c["passed"]]
     console.print(
         f"{len(claims) - len(missed)} of {len(claims)} claims verified in {data['provenance']['seconds']:.0f} s; "
-        f"details in {_shown(folder / 'verification.md')}"
+        + written
         + (f"; [bold red]missed: {', '.join(missed)}[/]" if missed else ""),
         soft_wrap=True,
     )
@@ -189,23 +207,39 @@ WORLDS = ("tree", "bigram", "trigram", "chain", "transformer")
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", choices=WORLDS, default="bigram", help="kind of world (default bigram)")
-    parser.add_argument("--horizon", type=_positive, default=6, help="largest number of tokens (default 6)")
-    parser.add_argument("--step", type=float, default=1.0, help="how far the target is from the behavior policy")
+    parser.add_argument("--horizon", type=_positive, help="largest number of tokens (default 6; not for transformer)")
+    parser.add_argument(
+        "--step",
+        type=float,
+        help="step in logits from behavior to target policy (default 1; not for tree and transformer)",
+    )
     parser.add_argument(
         "--estimators", nargs="+", metavar="NAME", help=f"of {', '.join(ctpo.ESTIMATORS)} (default: all)"
     )
-    parser.add_argument("--advantage", choices=get_args(AdvantageKind), default="A_target")
+    parser.add_argument(
+        "--advantage",
+        choices=get_args(AdvantageKind),
+        default="A_target",
+        help="advantage or action value, of the target or behavior policy, or one (default A_target)",
+    )
     parser.add_argument("--outcome", action="store_true", help="multiply the advantage by the outcome reward")
     parser.add_argument("--samples", type=_positive, default=100_000, help="if the world cannot be enumerated")
     parser.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--seed", type=_natural, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    parser.add_argument("--output", type=_file, help="JSON file for the rows")
 
 
 def chosen_world(options: argparse.Namespace) -> World:
     """The world that the options of `run` describe."""
+    unused = {"tree": ("step",), "transformer": ("horizon", "step")}.get(options.world, ())
+    for name in unused:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: the world {options.world!r} takes none, got {getattr(options, name)}")
     rng = np.random.default_rng(options.seed)
-    horizon, step = options.horizon, options.step
+    horizon = 6 if options.horizon is None else options.horizon
+    step = 1.0 if options.step is None else options.step
+    if not math.isfinite(step):
+        raise ValueError(f"--step: must be a finite number, got {step}")
     if options.world == "tree":
         return mdp.random_tree(rng, n_actions=3, horizon=horizon, exact=False)
     if options.world == "bigram":
@@ -235,6 +269,8 @@ def run_measurement(options: argparse.Namespace) -> int:
     world = rows[0]["world"]
     shown = [{key.replace("_", " "): value for key, value in row.items() if key != "world"} for row in rows]
     tables.console().print(tables.plain_table(f"{world}, advantage {options.advantage}", shown))
+    if any(math.isnan(row["total_variance"]) for row in rows):
+        print("-: so few trajectories carry the variance that sampling tells nothing; take a smaller --step or horizon")
     if options.output is not None:
         settings = {key: value for key, value in vars(options).items() if key not in ("command", "output")}
         results.write_json(options.output, {"provenance": results.provenance(settings), "rows": rows})
@@ -244,7 +280,7 @@ def run_measurement(options: argparse.Namespace) -> int:
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
     models = ("smollm2", "transformer")
     parser.add_argument("what", nargs="?", choices=models, default=models[0], help="model to record")
-    parser.add_argument("--output", type=Path, help="file to write (default: the committed one)")
+    parser.add_argument("--output", type=_file, help="file to write (default: the committed one)")
     parser.add_argument("--seed", type=_natural, default=0)
     parser.add_argument("--threads", type=_positive, default=2, help="threads of torch (default 2)")
     parser.add_argument("--responses", type=_positive, default=16, help="sampled for each prompt, even (default 16)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,10 +19,12 @@ from simulations.exact import (
     trajectory_count,
 )
 from simulations.mdp import World
-from simulations.monte_carlo import SummedGradient, estimate
+from simulations.monte_carlo import LEAST_EFFECTIVE_SAMPLES, SummedGradient, estimate
 
 #: The exact full-sequence estimator, the yardstick of every relative variance.
 SEQUENCE = ctpo.get_estimator("sequence")
+#: Share of the total variance that may rest on fewer than `LEAST_EFFECTIVE_SAMPLES` effective samples.
+UNTOLD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,11 @@ class Measurement:
         estimator: Name of the estimator.
         engine: "enumeration" or "Monte Carlo".
         relative_bias: Norm of the bias over the norm of the true gradient. By Monte Carlo the norm of a noisy
-            vector: about `relative_bias_error` where there is no bias.
+            vector: about `relative_bias_error` where there is no bias. NaN where so few trajectories carry the
+            variance (`UNTOLD_SHARE`) that neither the mean nor its error bar can be believed.
         relative_bias_error: Its scale of noise, the root of the summed squared standard errors; 0 if exact.
-        total_variance: Trace of the covariance for one trajectory.
-        relative_variance: The same over that of the full-sequence estimator.
+        total_variance: Trace of the covariance for one trajectory; NaN as the bias.
+        relative_variance: The same over that of the full-sequence estimator; NaN if either is.
         clip_rate: Share of policy tokens clipped under the behavior policy; NaN by Monte Carlo.
     """
 
@@ -74,6 +78,8 @@ def measure(
     world = world.as_float() if world.exact else world
     gradient = policy_gradient(world)
     size = float(np.linalg.norm(gradient))
+    if size == 0.0:
+        raise ValueError(f"world: the true gradient of {world.name!r} is 0, so no bias is relative to it")
     name = f"{world.name}, {'network' if world.scores is not None else world.parameters} parameters"
     exact = trajectory_count(world, MAX_TRAJECTORIES) <= MAX_TRAJECTORIES
     everything = {**estimators, "": SEQUENCE}
@@ -93,11 +99,14 @@ def measure(
                 n=samples,
                 seed=seed,
                 jobs=jobs,
-                fourth=False,
             )
+            assert result.variance_samples is not None
+            total = float(result.variance.sum())
+            if float(result.variance[result.variance_samples < LEAST_EFFECTIVE_SAMPLES].sum()) > UNTOLD_SHARE * total:
+                rows[key] = (math.nan, math.nan, math.nan, math.nan)
+                continue
             bias = float(np.linalg.norm(result.mean - gradient))
-            noise = float(np.linalg.norm(result.standard_error))
-            rows[key] = (bias, noise, float(result.variance.sum()), float("nan"))
+            rows[key] = (bias, float(np.linalg.norm(result.standard_error)), total, math.nan)
     base = rows[""][2]
     return [
         Measurement(

@@ -31,8 +31,8 @@ EXPECTED = {
     "2r.limit": "false",
     "3.prop1": "true if",
     "3.token": "false",
-    "3.surrogate": "true",
-    "3.gspo": "true",
+    "3.surrogate": "true if",
+    "3.gspo": "true if",
     "3.table": "true",
     "T1": "true if",
     "8.population": "true if",
@@ -180,7 +180,7 @@ def test_run_measures_exactly_where_it_can(tmp_path, capsys):
 
 
 def test_run_samples_where_it_must(tmp_path, capsys):
-    arguments = ["run", "--world", "chain", "--horizon", "32", "--step", "0.1", "--samples", "4000", "--jobs", "1"]
+    arguments = ["run", "--world", "chain", "--horizon", "32", "--step", "0.05", "--samples", "20000", "--jobs", "1"]
     assert cli.main([*arguments, "--estimators", "sequence", "--output", str(tmp_path / "run.json")]) == 0
     row = json.loads((tmp_path / "run.json").read_text())["rows"][0]
     assert row["engine"] == "Monte Carlo"
@@ -189,9 +189,56 @@ def test_run_samples_where_it_must(tmp_path, capsys):
     assert row["relative_bias"] < 2 * row["relative_bias_error"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "tree", "--step", "1"], "--step: the world 'tree' takes none, got 1.0"),
+        (["--world", "transformer", "--horizon", "3"], "--horizon: the world 'transformer' takes none, got 3"),
+        (["--step", "inf"], "--step: must be a finite number, got inf"),
+    ],
+)
+def test_run_refuses_what_it_cannot_use(arguments, message, capsys):
+    assert cli.main(["run", "--jobs", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_variance_that_samples_cannot_tell_is_not_told(tmp_path, capsys):
+    arguments = ["run", "--world", "chain", "--horizon", "64", "--step", "1", "--samples", "20000", "--jobs", "1"]
+    assert cli.main([*arguments, "--estimators", "sequence", "grpo", "--output", str(tmp_path / "run.json")]) == 0
+    sequence, grpo = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert sequence["relative_bias"] is sequence["total_variance"] is None
+    assert grpo["relative_bias"] > 10 * grpo["relative_bias_error"]
+    assert grpo["total_variance"] > 0
+    assert grpo["relative_variance"] is None
+    assert "sampling tells nothing" in capsys.readouterr().out
+
+
+def test_a_part_of_the_claims_does_not_replace_the_results(made_up_claims, monkeypatch, tmp_path, capsys):
+    made_up_claims(True)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert cli.main(["verify", "--jobs", "1", "--only", "0.good"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was written" in capsys.readouterr().out
+    assert cli.main(["verify", "--jobs", "1"]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_run_refuses_an_unknown_estimator(capsys):
     assert cli.main(["run", "--estimators", "grop"]) == 2
     assert "did you mean 'grpo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--output", "."], "--output: must be a file, got the folder '.'"),
+        (["verify", "--output", __file__], "--output: must be a folder, got the file"),
+    ],
+)
+def test_an_output_of_the_wrong_kind_is_refused_at_once(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--jobs", "0"], ["--seed", "-1"], ["--jobs", "many"]])

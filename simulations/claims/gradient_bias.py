@@ -430,7 +430,7 @@ CLAIMS = (
     Claim(
         "3.surrogate",
         "With A^b, or the return itself, the token ratio gives exactly the gradient of the CPI/TRPO surrogate.",
-        "true",
+        "true if",
         "absolute continuity",
         "Kakade and Langford 2002; Schulman et al. 2015",
         check_surrogate,
@@ -441,7 +441,7 @@ CLAIMS = (
     Claim(
         "3.gspo",
         "The length-normalized ratio estimates Z E_q with q 1/H of the way from b to pi and Z < 1.",
-        "true",
+        "true if",
         "sequences of one length H; pi != b",
         'arXiv:2605.07331, Table 1 ("biased, scale shrunk"), made exact',
         check_gspo,
