@@ -573,6 +573,18 @@ def _forward_pass(
 # --- enumeration --------------------------------------------------------------------------------------------
 
 
+def summed_scores(world: World, states: np.ndarray, actions: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """(N, D): sum over tokens of coefficient times score, for (N, H) trajectories and coefficients."""
+    local = world.local_scores
+    n, horizon = states.shape
+    total = zeros((n, world.n_blocks, local.shape[2]), coefficients.dtype == object)
+    rows = np.arange(n)
+    for h in range(horizon):
+        state = states[:, h]
+        total[rows, world.block(h)[state]] += coefficients[:, h, None] * local[state, actions[:, h]]
+    return total.reshape(n, -1)
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """Every trajectory that either policy can produce, with its probabilities.
@@ -648,15 +660,7 @@ class Trajectories:
 
     def summed_scores(self, coefficients: np.ndarray) -> np.ndarray:
         """(N, D): sum over policy tokens of coefficient times score, for (N, H) coefficients."""
-        world = self.world
-        local = world.local_scores
-        total = zeros((len(self.states), world.n_blocks, local.shape[2]), coefficients.dtype == object)
-        rows = np.arange(len(self.states))
-        for h in range(self.states.shape[1]):
-            block = world.block(h)[self.states[:, h]]
-            scores = local[self.states[:, h], self.actions[:, h]]
-            total[rows, block] += np.where(self.mask[:, h], coefficients[:, h], 0)[:, None] * scores
-        return total.reshape(len(self.states), -1)
+        return summed_scores(self.world, self.states, self.actions, np.where(self.mask, coefficients, 0))
 
     def moments(self, summed: np.ndarray, covariance: bool = False) -> GradientMoments:
         """Behavior-policy moments of an (N, D) statistic."""

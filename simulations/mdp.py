@@ -24,6 +24,7 @@ Conventions used throughout `simulations`:
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -646,6 +647,14 @@ def tree(
     )
 
 
+def tree_prefixes(mdp: TokenMDP) -> list[tuple[int, ...]]:
+    """The prefixes that a tree's labels name, in its policy states."""
+    labels = [label for label, writes in zip(mdp.labels, mdp.policy_states, strict=True) if writes]
+    if not all(label.startswith("(") and label.endswith(")") for label in labels):
+        raise ValueError(f"mdp: must be a tree, whose labels are prefixes, got {mdp.name!r} with labels {labels[:3]}")
+    return [literal_eval(label) for label in labels]
+
+
 def policy_table(mdp: TokenMDP, rule: Callable[[tuple[int, ...]], Any]) -> np.ndarray:
     """(S, A) policy of a tree from a rule that maps a prefix to next-token probabilities.
 
@@ -654,11 +663,8 @@ def policy_table(mdp: TokenMDP, rule: Callable[[tuple[int, ...]], Any]) -> np.nd
     [Fraction(1, 4), Fraction(3, 4)]
     """
     table = zeros((mdp.n_states, mdp.n_actions), mdp.exact)
-    for s, label in enumerate(mdp.labels):
-        if mdp.kind[s] == POLICY:
-            inside = label.strip("()").strip(",")
-            prefix = tuple(int(token) for token in inside.split(",")) if inside else ()
-            table[s] = as_numbers(rule(prefix), mdp.exact)
+    for s, prefix in zip(np.flatnonzero(mdp.policy_states), tree_prefixes(mdp), strict=True):
+        table[s] = as_numbers(rule(prefix), mdp.exact)
     return table
 
 

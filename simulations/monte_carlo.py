@@ -22,7 +22,7 @@ import scipy.stats
 
 import ctpo
 import ctpo.diagnostics
-from simulations.exact import AdvantageKind, advantage_table
+from simulations.exact import AdvantageKind, advantage_table, summed_scores
 from simulations.mdp import END, World, check_name
 
 #: Tokens in one chunk: large enough to amortize Python, small enough to stay in cache.
@@ -427,13 +427,4 @@ class SummedGradient:
         advantages = self.advantages(batch)
         estimator = ctpo.get_estimator(self.estimator)
         result = estimator.coefficients(batch.logp, batch.behavior_logp, advantages, batch.mask)
-        factor = result.weight * advantages
-        local = self.world.local_scores
-        n, horizon = batch.states.shape
-        total = np.zeros((n, self.world.n_blocks, local.shape[2]))
-        rows = np.arange(n)
-        for h in range(horizon):
-            state = batch.states[:, h]
-            block = self.world.block(h)[state]
-            total[rows, block] += factor[:, h, None] * local[state, batch.actions[:, h]]
-        return total.reshape(n, -1)
+        return summed_scores(self.world, batch.states, batch.actions, result.weight * advantages)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from simulations.mdp import (
     step_policy,
     temper_policy,
     tree,
+    tree_prefixes,
     truncate_policy,
     zeros,
 )
@@ -766,7 +766,7 @@ def transformer_world(behavior: TinyTransformer, target: TinyTransformer, mdp: T
                 f"mdp: {mdp.n_actions} tokens and a horizon of {mdp.horizon} do not fit the {name} network, "
                 f"which has {model.n_tokens} tokens and writes at most {model.max_length}"
             )
-    prefixes = _tree_prefixes(mdp)
+    prefixes = _float_tree_prefixes(mdp)
     tables = []
     for model in (behavior, target):
         table = np.full((mdp.n_states, mdp.n_actions), 1.0 / mdp.n_actions)  # elsewhere never read
@@ -777,14 +777,11 @@ def transformer_world(behavior: TinyTransformer, target: TinyTransformer, mdp: T
     return World(mdp, tables[0], tables[1], scores=scores)
 
 
-def _tree_prefixes(mdp: TokenMDP) -> list[Context]:
-    """The prefixes that a tree's labels name, in its policy states."""
+def _float_tree_prefixes(mdp: TokenMDP) -> list[Context]:
+    """The prefixes of a float64 tree's policy states."""
     if mdp.exact:
         raise ValueError("mdp: a transformer needs a float64 tree, got Fractions; use tree(..., exact=False)")
-    labels = [label for label, writes in zip(mdp.labels, mdp.policy_states, strict=True) if writes]
-    if not all(label.startswith("(") and label.endswith(")") for label in labels):
-        raise ValueError(f"mdp: must be a tree, whose labels are prefixes, got {mdp.name!r} with labels {labels[:3]}")
-    return [literal_eval(label) for label in labels]
+    return tree_prefixes(mdp)
 
 
 def policy_gradient_steps(
@@ -873,7 +870,7 @@ def record_transformer_world(path: str | os.PathLike[str] = RECORDED_TRANSFORMER
     target = policy_gradient_steps(behavior, mdp, late, steps=_RECIPE["steps"], **settings)
     world = transformer_world(behavior, target, mdp)
     versions = {"numpy": np.__version__, "torch": str(torch.__version__)}
-    scores = target.scores(_tree_prefixes(mdp))
+    scores = target.scores(_float_tree_prefixes(mdp))
     made = np.array(json.dumps(_RECIPE | versions))
     with results.replacing(path) as file:
         np.savez_compressed(file, behavior=world.behavior, target=world.target, scores=scores, made=made)

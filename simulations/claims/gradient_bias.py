@@ -30,6 +30,7 @@ from simulations.mdp import (
     World,
     as_numbers,
     bigram,
+    depths,
     independent_tokens,
     policy_table,
     random_tree,
@@ -131,11 +132,10 @@ def mean_score_times_advantage(world: World, advantage: AdvantageKind) -> np.nda
     """(S, d) G(s) = sum_a pi(a|s) g(a|s) A(s, a) of a tree."""
     result = zeros((world.mdp.n_states, world.n_blocks, world.local_scores.shape[2]), True)
     table = advantage_table(world, advantage)
-    for s, label in enumerate(world.mdp.labels):
-        if world.mdp.policy_states[s]:
-            step = len([token for token in label.strip("()").split(",") if token.strip()])
-            factor = world.target[s] * table[step, s]
-            result[s, world.block(step)[s]] = (factor[:, None] * world.local_scores[s]).sum(axis=0)
+    step = depths(world.mdp)
+    for s in np.flatnonzero(world.mdp.policy_states):
+        factor = world.target[s] * table[step[s], s]
+        result[s, world.block(step[s])[s]] = (factor[:, None] * world.local_scores[s]).sum(axis=0)
     return result.reshape(world.mdp.n_states, -1)
 
 
