@@ -140,6 +140,7 @@ def _verify_one(identifier: str, context: Context) -> Outcome:
             False,
             False,
             time.perf_counter() - start,
+            claim.conclusion,
         )
 
 

@@ -50,7 +50,7 @@ def made_up(found: bool, control: bool) -> Claim:
     def check(_context, subject):
         yield Evidence("nothing", "closed form", "made up", subject)
 
-    return Claim("0.made-up", "Nothing.", "true", "none", "here", check, found, control, "the opposite")
+    return Claim("0.made-up", "Nothing.", "true", "none", "here", check, found, control, "the opposite", "none")
 
 
 def test_registry_is_complete():
@@ -82,7 +82,7 @@ def test_a_miss_is_a_miss(found, control, passed):
 
 
 def test_a_claim_without_evidence_does_not_pass():
-    claim = Claim("0.empty", "Nothing.", "true", "none", "here", lambda *_: [], 0, 1, "the opposite")
+    claim = Claim("0.empty", "Nothing.", "true", "none", "here", lambda *_: [], 0, 1, "the opposite", "none")
     assert not verify(claim, Context()).passed
 
 

@@ -415,6 +415,8 @@ CLAIMS = (
         "cumulative",
         "token",
         "the token ratio",
+        "With a critic of the target policy, weigh each token by the cumulative ratio: it is unbiased and needs "
+        "no later token.",
     ),
     Claim(
         "3.token",
@@ -426,6 +428,8 @@ CLAIMS = (
         "token",
         "cumulative",
         "the cumulative ratio",
+        "The token ratio is a biased correction even with a perfect critic, and can point the wrong way: its "
+        "excuse is low variance, not correctness.",
     ),
     Claim(
         "3.surrogate",
@@ -437,6 +441,8 @@ CLAIMS = (
         "A_behavior",
         "A_target",
         "A^pi instead of A^b",
+        "What PPO's ratio optimizes without clipping is the surrogate under the behavior policy's states: right "
+        "at the behavior policy itself, and drifting from the true objective as the policy moves.",
     ),
     Claim(
         "3.gspo",
@@ -448,6 +454,8 @@ CLAIMS = (
         lambda horizon: horizon,
         lambda horizon: horizon + 1,
         "the root of degree H + 1",
+        "A length-normalized ratio corrects only 1/H of the way: for long answers it is nearly no correction, "
+        "however stable it looks.",
     ),
     Claim(
         "3.table",
@@ -460,6 +468,8 @@ CLAIMS = (
         rational_weights,
         lambda paths, _level: rational_weights(paths, "token"),
         "token weights in every row",
+        "Which ratio is right depends on the advantage: the cumulative ratio needs a critic's advantage; for an "
+        "outcome reward only the full-sequence ratio is unbiased.",
     ),
     Claim(
         "T1",
@@ -472,5 +482,7 @@ CLAIMS = (
         TABLE_ONE,
         {**TABLE_ONE, "cumulative": TABLE_ONE["token"]},
         "the token ratio passed off as the cumulative one",
+        "The paper's table holds for a single token's term with an exact advantage; for the gradient that you "
+        "actually sum, the variance order needs more than the table says (see claim 5).",
     ),
 )

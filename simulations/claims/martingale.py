@@ -483,6 +483,8 @@ CLAIMS = (
         cumulative,
         one_token_late,
         "the product starts one token late",
+        "Check the mean ratio of your data first: with full-support sampling and a target fixed before the data "
+        "were drawn it must be 1, so another value means that the numbers are not importance ratios.",
     ),
     Claim(
         "1.support",
@@ -494,6 +496,8 @@ CLAIMS = (
         cumulative,
         lambda paths: paths.ratio,
         "token ratios instead of their products",
+        "Sample at full support (no top-p, no top-k) for training data, or score the behavior policy after "
+        "truncation: otherwise every later ratio is too small on average.",
     ),
     Claim(
         "1.survivors",
@@ -505,6 +509,8 @@ CLAIMS = (
         cumulative,
         lambda paths: paths.ratio,
         "token ratios instead of their products",
+        "Do not read means or spreads by position over the sequences still alive at t as properties of the ratio: "
+        "keep finished sequences in at their last ratio.",
     ),
     Claim(
         "1.sample",
@@ -516,6 +522,8 @@ CLAIMS = (
         as_given,
         tenfold_smaller,
         "a tenth of the variance",
+        "A logged mean ratio near 1 is evidence only while the variance of log rho is about 1 or less; beyond it "
+        "most batches miss the ratios that matter, so look at the spread and the effective sample size.",
     ),
     Claim(
         "1.variance",
@@ -527,6 +535,8 @@ CLAIMS = (
         chi2_of_target,
         chi2_swapped,
         "chi2 with b and pi swapped",
+        "Stopping the product at token t can only lower the variance of the weight; the gain is exactly the "
+        "divergence of the tokens that are left out.",
     ),
     Claim(
         "1.optimal",
@@ -538,6 +548,8 @@ CLAIMS = (
         cumulative,
         lambda paths: np.repeat(cumulative(paths)[:, -1:], paths.ratio.shape[1], axis=1),
         "the full-sequence ratio is claimed to be optimal",
+        "If the integrand is known after t tokens, no other unbiased weight has less variance than rho_t: less "
+        "noise must be bought with bias or with knowledge of what the integrand depends on.",
     ),
     Claim(
         "1.log",
@@ -549,6 +561,7 @@ CLAIMS = (
         variance_of_sum,
         sum_of_variances,
         "token variances added as if uncorrelated",
+        "The spread of log rho_t need not grow; do not treat a flat or falling stretch in its plot as a bug.",
     ),
     Claim(
         "1s.strict",
@@ -561,5 +574,7 @@ CLAIMS = (
         reached_under_target,
         reached_under_behavior,
         "prefixes reachable under b",
+        "The gain over the full-sequence ratio is strict unless target and behavior agree on everything that the "
+        "target can still reach.",
     ),
 )

@@ -312,6 +312,8 @@ CLAIMS = (
         tilted_by_square,
         tilted_by_ratio,
         "tilted by rho instead of rho^2",
+        "Variance of a prefix ratio compounds over tokens, always; how fast is set by the divergence where the "
+        "squared ratio is large, not by its average.",
     ),
     Claim(
         "2.product",
@@ -323,6 +325,7 @@ CLAIMS = (
         product_of_marginals,
         sum_of_marginals,
         "the sum of chi2 instead of the product",
+        "Forecast the variance from average chi2 only if the divergence is about the same after every prefix.",
     ),
     Claim(
         "2.general",
@@ -334,6 +337,8 @@ CLAIMS = (
         true_variance,
         product_of_marginals,
         "the formula itself passed off as the variance",
+        "Do not extrapolate the variance at long horizons from per-token averages: if the divergence sits in "
+        "certain contexts the truth can be larger or smaller by orders of magnitude.",
     ),
     Claim(
         "2.uncorrelated",
@@ -345,6 +350,7 @@ CLAIMS = (
         token_ratio,
         squared_token_ratio,
         "squared ratios",
+        "Uncorrelated token ratios say nothing about independence: they are uncorrelated in every genuine data set.",
     ),
     Claim(
         "2r.bounds",
@@ -356,6 +362,8 @@ CLAIMS = (
         exact_variance_ratio,
         printed_variance_ratio,
         "the printed factor (1+d)^(H-t)",
+        "With equal divergence at every token, expect the sequence ratio to be at least H/t times as noisy as the "
+        "ratio at t, more if the policies are far apart.",
     ),
     Claim(
         "2r.limit",
@@ -367,5 +375,6 @@ CLAIMS = (
         exact_variance_ratio,
         printed_variance_ratio,
         "the printed factor passed off as the ratio",
+        "Use the exact ratio of variances; the printed factor understates it close to on-policy.",
     ),
 )

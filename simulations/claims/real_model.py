@@ -117,6 +117,8 @@ CLAIMS = (
         fixed_targets,
         any_sampler,
         "the top-p sampler passed off as a full one",
+        "On a real model the ratio behaves as theory says, while its spread is small: this is the sanity check to "
+        "run on your own logs.",
     ),
     Claim(
         "R.truncation",
@@ -128,5 +130,6 @@ CLAIMS = (
         truncated_only,
         tempered_only,
         "a tempered target over a full sampler",
+        "Log-probabilities of the full model are the wrong denominator for samples of a top-p sampler.",
     ),
 )

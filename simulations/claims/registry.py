@@ -81,6 +81,7 @@ class Claim:
         subject: The correct thing to check.
         control: A wrong subject that must fail the same check.
         control_name: What is wrong about it.
+        conclusion: What a practitioner should do or conclude, in plain words, no stronger than verified.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Claim:
     subject: Any
     control: Any
     control_name: str
+    conclusion: str
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Outcome:
     control_rejected: bool
     passed: bool
     seconds: float
+    conclusion: str
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -132,4 +135,5 @@ def verify(claim: Claim, context: Context) -> Outcome:
         control_rejected=rejected,
         passed=bool(evidence) and all(e.holds for e in evidence) and rejected,
         seconds=time.perf_counter() - start,
+        conclusion=claim.conclusion,
     )
