@@ -1,4 +1,4 @@
-"""Command line: `python -m simulations list | verify | run | record`."""
+"""Command line: `python -m simulations list | verify | measure | run | report | record`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ from typing import Any, get_args
 import joblib
 import numpy as np
 import threadpoolctl
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 import ctpo
-from simulations import mdp, results, tables, toy_lm, traces
+from simulations import mdp, results, sweep, tables, toy_lm, traces
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
 from simulations.measure import measure
+
+#: The longer studies of `run`.
+STUDIES: dict[str, sweep.Study] = {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,13 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verifying.add_argument(
         "--only", nargs="+", metavar="ID", help="ids (2.general) or groups (2); nothing is written without --output"
     )
-    verifying.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
-    verifying.add_argument("--seed", type=_natural, default=0, help="root seed (default 0)")
     verifying.add_argument("--quick", action="store_true", help="fewer random worlds and samples")
-    verifying.add_argument("--output", type=_folder, help="folder for result files (default: results)")
+    _add_sweep_options(verifying)
 
-    running = commands.add_parser("run", help="measure estimators on a world of your choice")
-    _add_run_options(running)
+    measuring = commands.add_parser("measure", help="bias and variance of estimators on a world of your choice")
+    _add_measure_options(measuring)
+
+    running = commands.add_parser(
+        "run", help="a longer study: its tables and results/STUDY.json; goes on where it was interrupted"
+    )
+    running.add_argument(
+        "study", choices=STUDIES, nargs="+", help="; ".join(f"{s.name}: {s.question}" for s in STUDIES.values())
+    )
+    running.add_argument("--quick", action="store_true", help="the small version, to try it")
+    _add_sweep_options(running)
 
     recording = commands.add_parser("record", help="record log-probability traces of a language model")
     _add_record_options(recording)
@@ -69,8 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; no result file was changed", file=sys.stderr)
+        note = "; the same command goes on from here" if options.command == "run" else ""
+        print(f"{parser.prog}: interrupted; no result file was changed{note}", file=sys.stderr)
         return 130
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=_positive, default=joblib.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument(
+        "--backend", default="loky", help="joblib backend: loky (default), threading, sequential, dask, ray"
+    )
+    parser.add_argument("--scheduler", help="address of a running Dask scheduler or Ray head (default: a local one)")
+    parser.add_argument("--seed", type=_natural, default=0, help="root seed (default 0)")
+    parser.add_argument("--output", type=_folder, help="folder for result files (default: results)")
 
 
 def _positive(text: str) -> int:
@@ -153,17 +166,12 @@ def verify_claims(options: argparse.Namespace) -> int:
     console = tables.console()
     start = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    calls = [(identifier, context) for identifier in identifiers]
+    with sweep.progress(console) as progress:
         task = progress.add_task("verifying", total=len(identifiers))
-        parallel = joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")
-        for outcome in parallel(joblib.delayed(_verify_one)(identifier, context) for identifier in identifiers):
+        for outcome in sweep.unordered(
+            _verify_one, calls, jobs=options.jobs, backend=options.backend, scheduler=options.scheduler
+        ):
             outcomes[outcome.id] = outcome
             progress.update(task, advance=1, description=f"checked {outcome.id}")
     claims = [outcomes[identifier].as_dict() for identifier in identifiers]
@@ -206,7 +214,7 @@ def _shown(path: Path) -> str:
 WORLDS = ("tree", "bigram", "trigram", "chain", "transformer")
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", choices=WORLDS, default="bigram", help="kind of world (default bigram)")
     parser.add_argument("--horizon", type=_positive, help="largest number of tokens (default 6; not for transformer)")
     parser.add_argument(
@@ -231,7 +239,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_world(options: argparse.Namespace) -> World:
-    """The world that the options of `run` describe."""
+    """The world that the options of `measure` describe."""
     unused = {"tree": ("step",), "transformer": ("horizon", "step")}.get(options.world, ())
     for name in unused:
         if getattr(options, name) is not None:
@@ -278,6 +286,29 @@ def run_measurement(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_studies(options: argparse.Namespace) -> int:
+    """Do the studies that are named, print their tables and write their result files."""
+    folder, console = options.output or results.RESULTS, tables.console()
+    for name in options.study:
+        start = time.perf_counter()
+        data = sweep.run(
+            STUDIES[name],
+            folder,
+            seed=options.seed,
+            quick=options.quick,
+            jobs=options.jobs,
+            backend=options.backend,
+            scheduler=options.scheduler,
+            console=console,
+        )
+        for section in data["tables"]:
+            console.print(tables.plain_table(section["title"], section["rows"]))
+            console.print(section["note"], style="dim")
+        seconds = time.perf_counter() - start
+        console.print(f"{name}: {seconds:.0f} s; written to {_shown(folder / f'{name}.json')}", soft_wrap=True)
+    return 0
+
+
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
     models = ("smollm2", "transformer")
     parser.add_argument("what", nargs="?", choices=models, default=models[0], help="model to record")
@@ -314,7 +345,13 @@ def _record(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"list": list_claims, "verify": verify_claims, "run": run_measurement, "record": record_traces}
+COMMANDS = {
+    "list": list_claims,
+    "verify": verify_claims,
+    "measure": run_measurement,
+    "run": run_studies,
+    "record": record_traces,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -113,11 +113,11 @@ def unordered(
     """
     with _cluster(backend, jobs, scheduler):
         try:
-            parallel = joblib.Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered")
+            with joblib.parallel_config(backend, n_jobs=jobs):  # which knows how to register Dask
+                parallel = joblib.Parallel(return_as="generator_unordered")
         except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"backend: {backend!r} cannot be used ({error}); known are {', '.join(BACKENDS)}"
-            ) from error
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"backend: {backend!r} cannot be used ({error}); known are {known}") from error
         yield from parallel(joblib.delayed(function)(*call) for call in calls)
 
 
@@ -133,8 +133,9 @@ def _cluster(backend: str, jobs: int, scheduler: str | None) -> Iterator[None]:
         if backend == "dask":
             import distributed
 
-            where = {"address": scheduler} if scheduler else {"n_workers": jobs, "threads_per_worker": 1}
-            with distributed.Client(**where, dashboard_address=None, set_as_default=True):
+            local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+            where = {"address": scheduler} if scheduler else local
+            with distributed.Client(**where, set_as_default=True):
                 yield
         else:
             import ray

@@ -171,7 +171,7 @@ def test_list_names_every_claim(capsys):
 
 
 def test_run_measures_exactly_where_it_can(tmp_path, capsys):
-    arguments = ["run", "--world", "bigram", "--horizon", "4", "--estimators", "sequence", "grpo", "--jobs", "1"]
+    arguments = ["measure", "--world", "bigram", "--horizon", "4", "--estimators", "sequence", "grpo", "--jobs", "1"]
     assert cli.main([*arguments, "--output", str(tmp_path / "run.json")]) == 0
     rows = json.loads((tmp_path / "run.json").read_text())["rows"]
     assert [row["engine"] for row in rows] == ["enumeration"] * 2
@@ -180,7 +180,7 @@ def test_run_measures_exactly_where_it_can(tmp_path, capsys):
 
 
 def test_run_samples_where_it_must(tmp_path, capsys):
-    arguments = ["run", "--world", "chain", "--horizon", "32", "--step", "0.05", "--samples", "20000", "--jobs", "1"]
+    arguments = ["measure", "--world", "chain", "--horizon", "32", "--step", "0.05", "--samples", "20000", "--jobs", "1"]
     assert cli.main([*arguments, "--estimators", "sequence", "--output", str(tmp_path / "run.json")]) == 0
     row = json.loads((tmp_path / "run.json").read_text())["rows"][0]
     assert row["engine"] == "Monte Carlo"
@@ -198,12 +198,12 @@ def test_run_samples_where_it_must(tmp_path, capsys):
     ],
 )
 def test_run_refuses_what_it_cannot_use(arguments, message, capsys):
-    assert cli.main(["run", "--jobs", "1", *arguments]) == 2
+    assert cli.main(["measure", "--jobs", "1", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_variance_that_samples_cannot_tell_is_not_told(tmp_path, capsys):
-    arguments = ["run", "--world", "chain", "--horizon", "64", "--step", "1", "--samples", "20000", "--jobs", "1"]
+    arguments = ["measure", "--world", "chain", "--horizon", "64", "--step", "1", "--samples", "20000", "--jobs", "1"]
     assert cli.main([*arguments, "--estimators", "sequence", "grpo", "--output", str(tmp_path / "run.json")]) == 0
     sequence, grpo = json.loads((tmp_path / "run.json").read_text())["rows"]
     assert sequence["relative_bias"] is sequence["total_variance"] is None
@@ -224,14 +224,14 @@ def test_a_part_of_the_claims_does_not_replace_the_results(made_up_claims, monke
 
 
 def test_run_refuses_an_unknown_estimator(capsys):
-    assert cli.main(["run", "--estimators", "grop"]) == 2
+    assert cli.main(["measure", "--estimators", "grop"]) == 2
     assert "did you mean 'grpo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--output", "."], "--output: must be a file, got the folder '.'"),
+        (["measure", "--output", "."], "--output: must be a file, got the folder '.'"),
         (["verify", "--output", __file__], "--output: must be a folder, got the file"),
     ],
 )
