@@ -313,6 +313,12 @@ class _Phases:
     emit: tuple[tuple[int, int, int], ...]
     after: tuple[tuple[int, int], ...]
 
+    @property
+    def pair_carry(self) -> tuple[tuple[int, int, int], ...]:
+        """`carry` of two copies: the pair of phases (i, k) is the phase i * n_before + k of the pair."""
+        n = self.n_before
+        return tuple((i * n + i2, k * n + k2, p + p2) for i, k, p in self.carry for i2, k2, p2 in self.carry)
+
 
 def _phases(level: str, window: int | None, horizon: int) -> _Phases:
     if level in ("window", "lookahead"):
@@ -406,6 +412,55 @@ def gradient_moments(
     return GradientMoments(mean, total_variance, None if full is None else full - mean[:, None] * mean[None, :])
 
 
+@dataclass(frozen=True)
+class WeightMoments:
+    """Moments of the weights that an estimator applies, by place h in the stream, under the behavior policy; (H,).
+
+    Attributes:
+        written: Probability that the policy writes token h.
+        first: E of its weight, counted as 0 where the policy does not write.
+        second: E of the squared weight, likewise.
+    """
+
+    written: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+
+    @property
+    def ess(self) -> Any:
+        r"""Population effective sample size of the weights as a share of the tokens, averaged over the tokens.
+
+        .. math:: \frac{\sum_h p_h (E w_h)^2 / E w_h^2}{\sum_h p_h}
+
+        p_h is the probability that the policy writes token h, and expectations are over trajectories in which it
+        does. A place where no weight is left counts 0.
+        """
+        shares = [a * a / c for a, c in zip(self.first, self.second, strict=True) if c > 0]
+        return sum(shares) / self.written.sum()
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def weight_moments(world: World, level: str, *, window: int | None = None) -> WeightMoments:
+    """Exact moments of the weight of every token at the levels of `gradient_moments`, linear in H.
+
+    Args:
+        world: Any world; Fractions give exact Fractions.
+        level: "none" (weight 1), "token", "cumulative", "window", "lookahead" or "sequence".
+        window: Tokens, for "window" and "lookahead".
+
+    Raises:
+        ValueError: Unknown level, or a window missing or out of place.
+
+    Example:
+        >>> from simulations.mdp import independent_tokens
+        >>> half, most = [Fraction(1, 2)] * 2, [Fraction(1, 4), Fraction(3, 4)]
+        >>> found = weight_moments(independent_tokens(half, most, 2), "cumulative")
+        >>> [str(m) for m in found.second], str(found.ess)
+        (['5/4', '25/16'], '18/25')
+    """
+    return _Recursion(world, level, "one", window, False).weight_moments()
+
+
 class _Recursion:
     """The forward and backward passes behind `gradient_moments`."""
 
@@ -448,16 +503,43 @@ class _Recursion:
             tail = [self.moved(q, tail[n], tail[j]) for j, (n, q) in enumerate(phases.after)]
         return mean.ravel()
 
+    def weight_moments(self) -> WeightMoments:
+        """Moments of the weight alone, without advantage, score and outcome."""
+        phases, world, horizon = self.phases, self.world, self.mdp.horizon
+        occupied = _forward_pass(world, self.move, self.rest, 1, ((0, 0, 0),))
+        before = _forward_pass(world, self.move, self.rest, phases.n_before, phases.carry)
+        pairs = _forward_pass(world, self.move, self.rest, phases.n_before**2, phases.pair_carry)
+        written, first, second = (zeros(horizon, self.exact) for _ in range(3))
+        n_after = len(phases.after)
+        tail = [self.end_value for _ in phases.after]
+        both = {(j, k): self.end_value for j in range(n_after) for k in range(n_after)}
+        for h in range(horizon - 1, -1, -1):
+            written[h] = occupied[h][0][self.mdp.policy_states].sum()
+            later = [self.expect(value) for value in tail]
+            both_later = {key: self.expect(value) for key, value in both.items()}
+            for i, j, p in phases.emit:
+                first[h] += (before[h][i][:, None] * self.coefficient[p] * later[j]).sum()
+                for i2, j2, p2 in phases.emit:
+                    joint = pairs[h][i * phases.n_before + i2][:, None] * self.coefficient[p + p2]
+                    second[h] += (joint * both_later[j, j2]).sum()
+            tail = [self.moved(q, tail[n], tail[j]) for j, (n, q) in enumerate(phases.after)]
+            both = self.both_moved(both)
+        return WeightMoments(written, first, second)
+
+    def both_moved(self, both: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+        """One step back in time of a value that depends on the later phases of two copies."""
+        after = self.phases.after
+        return {
+            (j, k): self.moved(after[j][1] + after[k][1], both[after[j][0], after[k][0]], value)
+            for (j, k), value in both.items()
+        }
+
     def second_moment(self, covariance: bool) -> tuple[Any, np.ndarray | None]:
         """Trace of E[Y Y^T] and, if asked for, all of it, (D, D)."""
         phases, world, exact, local = self.phases, self.world, self.exact, self.local
         n_states, n_blocks, d = self.mdp.n_states, world.n_blocks, local.shape[2]
         n_before, n_after = phases.n_before, len(phases.after)
-        # A pair of phases (i, k) of two copies is the phase i * n_before + k of the pair.
-        pair_carry = tuple(
-            (i * n_before + i2, k * n_before + k2, p + p2) for i, k, p in phases.carry for i2, k2, p2 in phases.carry
-        )
-        before = _forward_pass(world, self.move, self.rest, n_before**2, pair_carry)
+        before = _forward_pass(world, self.move, self.rest, n_before**2, phases.pair_carry)
         norms = (local**2).sum(axis=2)
         expect_block = _next_block_expectation(world, d)
         edge_state, edge_action, edge_next, edge_probability = self.mdp.edges
@@ -504,14 +586,7 @@ class _Recursion:
                             total[states, block] += _weighted_scores(weight, local)
                     previous[j, i] = total
             pending = previous
-            both_after = {
-                (j, k): self.moved(
-                    phases.after[j][1] + phases.after[k][1],
-                    both_after[phases.after[j][0], phases.after[k][0]],
-                    value,
-                )
-                for (j, k), value in both_after.items()
-            }
+            both_after = self.both_moved(both_after)
         return trace, None if full is None else full.reshape(n_blocks * d, n_blocks * d)
 
 
@@ -573,16 +648,47 @@ def _forward_pass(
 # --- enumeration --------------------------------------------------------------------------------------------
 
 
-def summed_scores(world: World, states: np.ndarray, actions: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """(N, D): sum over tokens of coefficient times score, for (N, H) trajectories and coefficients."""
+def score_summer(world: World, states: np.ndarray, actions: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of (N, H) coefficients: the (N, D) sums over tokens of coefficient times score.
+
+    What depends on the (N, H) trajectories alone is done once, for any number of coefficients.
+    """
     local = world.local_scores
     n, horizon = states.shape
-    total = zeros((n, world.n_blocks, local.shape[2]), coefficients.dtype == object)
+    d = local.shape[2]
     rows = np.arange(n)
-    for h in range(horizon):
-        state = states[:, h]
-        total[rows, world.block(h)[state]] += coefficients[:, h, None] * local[state, actions[:, h]]
-    return total.reshape(n, -1)
+    if world.exact:
+
+        def loop(coefficients: np.ndarray) -> np.ndarray:
+            total = zeros((n, world.n_blocks, d), coefficients.dtype == object)
+            for h in range(horizon):
+                state = states[:, h]
+                total[rows, world.block(h)[state]] += coefficients[:, h, None] * local[state, actions[:, h]]
+            return total.reshape(n, -1)
+
+        return loop
+    if world.n_blocks == 1:
+        gathered = local[states, actions]
+        return lambda coefficients: np.matmul(coefficients[:, None, :], gathered)[:, 0]
+    if world.parameters == "position":
+        gathered = local[states, actions]
+        return lambda coefficients: (coefficients[:, :, None] * gathered).reshape(n, -1)
+    # A block for each state, and in it the scores 1{a = a'} - pi(a'|s): add up by state and token, then subtract.
+    place = ((rows[:, None] * world.mdp.n_states + states) * d + actions).ravel()
+    written = world.mdp.policy_states[states]
+    probabilities = np.where(world.mdp.policy_states[:, None], world.target, 0.0)
+
+    def by_state(coefficients: np.ndarray) -> np.ndarray:
+        weights = np.where(written, coefficients, 0.0).ravel()
+        total = np.bincount(place, weights, minlength=n * world.mdp.n_states * d).reshape(n, -1, d)
+        return (total - total.sum(axis=2, keepdims=True) * probabilities).reshape(n, -1)
+
+    return by_state
+
+
+def summed_scores(world: World, states: np.ndarray, actions: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """(N, D): sum over tokens of coefficient times score, for (N, H) trajectories and coefficients."""
+    return score_summer(world, states, actions)(coefficients)
 
 
 @dataclass(frozen=True)
@@ -816,12 +922,14 @@ class EstimatorMoments:
         bias: (D,) mean minus the true policy gradient.
         total_variance: Trace of its covariance for one trajectory.
         clip_rate: Share of policy tokens, under the behavior policy, that its window clips.
+        ess: Effective sample size of the weights that it applies, see `WeightMoments`.
     """
 
     mean: np.ndarray
     bias: np.ndarray
     total_variance: float
     clip_rate: float
+    ess: float
 
 
 def estimator_moments(
@@ -832,10 +940,10 @@ def estimator_moments(
     outcome: bool = False,
     trajectories: Trajectories | None = None,
 ) -> EstimatorMoments:
-    """Bias, variance and clip rate of an estimator of `ctpo`, by its own coefficients on every trajectory.
+    """Bias, variance, clip rate and effective sample size of an estimator of `ctpo`, by its own coefficients.
 
-    The weights are computed by the very code that a trainer runs, from log-probabilities. `trajectories`
-    saves enumerating a float64 world again.
+    The weights are computed on every trajectory by the very code that a trainer runs, from log-probabilities.
+    `trajectories` saves enumerating a float64 world again.
     """
     world = world.as_float() if world.exact else world
     if trajectories is not None and trajectories.world is not world:
@@ -849,11 +957,13 @@ def estimator_moments(
     mask = paths.mask & sampled[:, None]
     result = ctpo.get_estimator(estimator).coefficients(logp, behavior_logp, advantages, mask)
     moments = paths.moments(paths.summed_scores(result.weight * advantages))
-    tokens = paths.expectation(mask.sum(axis=1).astype(float))
     clipped = (result.clipped_low | result.clipped_high | result.clipped_dual).sum(axis=1)
+    written = paths.expectation(mask.astype(float))
+    weights = WeightMoments(written, paths.expectation(result.weight), paths.expectation(result.weight**2))
     return EstimatorMoments(
         mean=moments.mean,
         bias=moments.mean - policy_gradient(world),
         total_variance=float(moments.total_variance),
-        clip_rate=float(paths.expectation(clipped.astype(float)) / tokens),
+        clip_rate=float(paths.expectation(clipped.astype(float)) / written.sum()),
+        ess=float(weights.ess),
     )
