@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,14 +112,19 @@ def unordered(
     Raises:
         ValueError: The backend is unknown, or its package is not installed.
     """
+    tasks = (joblib.delayed(function)(*call) for call in calls)
     with _cluster(backend, jobs, scheduler):
         try:
             with joblib.parallel_config(backend, n_jobs=jobs):  # which knows how to register Dask
-                parallel = joblib.Parallel(return_as="generator_unordered")
+                # Ray's backend cannot give results as they come: there a chunk of calls comes as a whole.
+                parallel = joblib.Parallel(return_as="list" if backend == "ray" else "generator_unordered")
         except (ValueError, ImportError) as error:
             known = ", ".join(BACKENDS)
             raise ValueError(f"backend: {backend!r} cannot be used ({error}); known are {known}") from error
-        yield from parallel(joblib.delayed(function)(*call) for call in calls)
+        if backend != "ray":
+            yield from parallel(tasks)
+        while chunk := list(itertools.islice(tasks, 4 * jobs)):
+            yield from parallel(chunk)
 
 
 @contextlib.contextmanager
