@@ -11,10 +11,10 @@ bad, the error bars of anything weighted by it are not to be believed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import joblib
 import numpy as np
@@ -230,6 +230,60 @@ class Estimate:
 
 
 Statistic = Callable[[Batch], np.ndarray]
+Reduced = TypeVar("Reduced")
+
+
+def reduced(
+    world: World,
+    reduction: Callable[[Batch], Reduced],
+    *,
+    n: int,
+    seed: int | np.random.SeedSequence,
+    jobs: int = 1,
+    backend: str | None = None,
+    tokens: int = CHUNK_TOKENS,
+) -> Iterator[Reduced]:
+    """What a function makes of each chunk of n sampled trajectories, in order.
+
+    Args:
+        world: A float64 world.
+        reduction: Maps a `Batch` of at most max(2, tokens / horizon) trajectories to something small.
+        n: Number of trajectories, at least 2.
+        seed: Whole number or SeedSequence; the chunks depend on it, `n` and `tokens`, not on `jobs`.
+        jobs: Processes (joblib).
+        backend: joblib backend name; None is joblib's own choice.
+        tokens: Tokens per chunk.
+    """
+    if not isinstance(n, (int, np.integer)) or n < 2:
+        raise ValueError(f"n: must be a whole number >= 2, got {n!r}")
+    sampler = Sampler(world)
+    size = max(2, min(n, tokens // world.mdp.horizon))
+    sizes = [size] * (n // size) + ([n % size] if n % size else [])
+    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    # A copy: `spawn` counts its children, and a second run from the same seed must draw the same.
+    root = np.random.SeedSequence(root.entropy, spawn_key=root.spawn_key, pool_size=root.pool_size)
+    tasks = zip(sizes, root.spawn(len(sizes)), strict=True)
+    if jobs == 1:
+        yield from (_chunk(sampler, reduction, size, child) for size, child in tasks)
+    else:
+        parallel = joblib.Parallel(n_jobs=jobs, backend=backend, return_as="generator")
+        yield from parallel(joblib.delayed(_chunk)(sampler, reduction, size, child) for size, child in tasks)
+
+
+def _chunk(sampler: Sampler, reduction: Callable[[Batch], Reduced], n: int, seed: np.random.SeedSequence) -> Reduced:
+    return reduction(sampler.draw(n, np.random.default_rng(seed)))
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """Moments of a statistic, and the log of the full-sequence weight."""
+
+    statistic: Statistic
+    fourth: bool
+
+    def __call__(self, batch: Batch) -> tuple[Moments, np.ndarray]:
+        log_weights = (batch.logp - batch.behavior_logp).sum(axis=1)
+        return Moments.of(self.statistic(batch), self.fourth), log_weights
 
 
 def estimate(
@@ -257,21 +311,9 @@ def estimate(
         chunk_tokens: Tokens per chunk.
         progress: Called with the number of trajectories done so far.
     """
-    if not isinstance(n, (int, np.integer)) or n < 2:
-        raise ValueError(f"n: must be a whole number >= 2, got {n!r}")
-    sampler = Sampler(world)
-    size = max(2, min(n, chunk_tokens // world.mdp.horizon))
-    sizes = [size] * (n // size) + ([n % size] if n % size else [])
-    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-    # A copy: `spawn` counts its children, and a second run from the same seed must draw the same.
-    root = np.random.SeedSequence(root.entropy, spawn_key=root.spawn_key, pool_size=root.pool_size)
-    tasks = zip(sizes, root.spawn(len(sizes)), strict=True)
-    results: Iterable[Any]
-    if jobs == 1:
-        results = (_chunk(sampler, statistic, size, child, fourth) for size, child in tasks)
-    else:
-        parallel = joblib.Parallel(n_jobs=jobs, backend=backend, return_as="generator")
-        results = parallel(joblib.delayed(_chunk)(sampler, statistic, size, child, fourth) for size, child in tasks)
+    results = reduced(
+        world, _Reduction(statistic, fourth), n=n, seed=seed, jobs=jobs, backend=backend, tokens=chunk_tokens
+    )
     total: Moments | None = None
     log_weights: list[np.ndarray] = []
     kept = 0
@@ -302,14 +344,6 @@ def estimate(
         ess_fraction=float(np.exp(2 * sums[0] - sums[1])) / n,
         pareto_k=float(ctpo.diagnostics.pareto_k(np.concatenate(log_weights))),
     )
-
-
-def _chunk(
-    sampler: Sampler, statistic: Statistic, n: int, seed: np.random.SeedSequence, fourth: bool
-) -> tuple[Moments, np.ndarray]:
-    batch = sampler.draw(n, np.random.default_rng(seed))
-    log_weights = (batch.logp - batch.behavior_logp).sum(axis=1)
-    return Moments.of(statistic(batch), fourth), log_weights
 
 
 # --- tests --------------------------------------------------------------------------------------------------
@@ -394,6 +428,34 @@ class RatioByPosition:
 
 
 @dataclass(frozen=True)
+class Advantages:
+    """Statistic: the advantage of every policy token, (n, H), 0 where the policy writes nothing.
+
+    Args:
+        world: The world.
+        advantage: Name of the advantage table.
+        outcome: Multiply it by the outcome reward of the state in which the stream stops.
+    """
+
+    world: World
+    advantage: AdvantageKind = "A_target"
+    outcome: bool = False
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """(H, S, A) advantages."""
+        return advantage_table(self.world, self.advantage)
+
+    def __call__(self, batch: Batch) -> np.ndarray:
+        """(n, H) advantages."""
+        steps = np.arange(batch.states.shape[1])
+        advantages = np.where(batch.mask, self.table[steps, batch.states, batch.actions], 0.0)
+        if self.outcome:
+            advantages = advantages * self.world.mdp.outcome[batch.final_state][:, None]
+        return advantages
+
+
+@dataclass(frozen=True)
 class SummedGradient:
     """Statistic: the summed gradient sum_t c_t A_t g_t of one estimator, (n, D).
 
@@ -410,17 +472,9 @@ class SummedGradient:
     outcome: bool = False
 
     @cached_property
-    def table(self) -> np.ndarray:
-        """(H, S, A) advantages."""
-        return advantage_table(self.world, self.advantage)
-
-    def advantages(self, batch: Batch) -> np.ndarray:
-        """(n, H) advantage of each policy token."""
-        steps = np.arange(batch.states.shape[1])
-        advantages = np.where(batch.mask, self.table[steps, batch.states, batch.actions], 0.0)
-        if self.outcome:
-            advantages = advantages * self.world.mdp.outcome[batch.final_state][:, None]
-        return advantages
+    def advantages(self) -> Advantages:
+        """The advantages that it weights."""
+        return Advantages(self.world, self.advantage, self.outcome)
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """(n, D) summed gradients."""
