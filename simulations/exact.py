@@ -913,6 +913,18 @@ def _integer_root(value: int, degree: int) -> int:
     return root
 
 
+def exact_log2(value: Fraction) -> int:
+    """log2 of a power of two, exactly.
+
+    >>> exact_log2(Fraction(1, 8))
+    -3
+    """
+    numerator, denominator = value.numerator.bit_length() - 1, value.denominator.bit_length() - 1
+    if value != Fraction(2**numerator, 2**denominator):
+        raise ValueError(f"value: must be a power of two, got {value}")
+    return numerator - denominator
+
+
 @dataclass(frozen=True)
 class EstimatorMoments:
     """What a `ctpo.Estimator` does on a world, by enumeration.

@@ -374,6 +374,28 @@ class World:
         )
 
 
+def one_logit(world: World) -> World:
+    """The same world of two tokens with one logit for each block of parameters instead of two.
+
+    The score of token a is a - pi(1|s). Two logits have the scores g and -g, which counts every trace twice.
+
+    Raises:
+        ValueError: The world has another number of tokens, or scores of its own.
+    """
+    if world.mdp.n_actions != 2 or world.scores is not None:
+        own = "" if world.scores is None else " and scores of its own"
+        raise ValueError(f"world: needs two tokens and softmax scores, got {world.mdp.n_actions} tokens{own}")
+    states = np.arange(world.mdp.n_states)
+    block = states * 0
+    if world.parameters == "position":
+        block = np.clip(depths(world.mdp), 0, world.mdp.horizon - 1)
+    elif world.parameters == "prefix":
+        block = states
+    scores = zeros((world.mdp.n_states, 2, world.n_blocks), world.exact)
+    scores[states, :, block] = world.local_scores[:, :, 1]
+    return replace(world, scores=scores)
+
+
 # --- policies -----------------------------------------------------------------------------------------------
 
 

@@ -9,11 +9,13 @@ from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
+import oracle_worlds as oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from world_strategies import KINDS, exact_chain, examples, random_world, two_step, worlds
 
+from simulations.exact import gradient_moments
 from simulations.mdp import (
     END,
     POLICY,
@@ -24,6 +26,7 @@ from simulations.mdp import (
     chain,
     depths,
     independent_tokens,
+    one_logit,
     policy_table,
     random_chain,
     random_policy,
@@ -713,6 +716,27 @@ def test_depths_of_worlds_without_one():
         depths(replace(mdp, horizon=3))
     with pytest.raises(ValueError, match="state '1' occurs at steps 0 and 1"):
         depths(replace(mdp, initial=np.array([0.5, 0.5, 0, 0])))
+
+
+@pytest.mark.parametrize("parameters", ["prefix", "position", "shared"])
+@pytest.mark.parametrize("kind", ["tree", "tree eos", "tree tool"])
+def test_one_logit_is_the_second_of_two(parameters, kind):
+    worlds = (random_world(seed, kind, parameters) for seed in range(40))
+    world = next(w for w in worlds if w.mdp.n_actions == 2 and w.mdp.horizon >= 2)
+    plain = oracle.Plain(world)
+    mean, covariance = oracle.summed_gradient(plain, "cumulative", oracle.advantages(plain, "A_target"))
+    found = gradient_moments(one_logit(world), "cumulative", covariance=True)
+    assert found.mean.tolist() == mean[1::2]
+    assert found.covariance.tolist() == [row[1::2] for row in covariance[1::2]]
+    assert 2 * found.total_variance == sum(covariance[i][i] for i in range(len(mean)))
+
+
+def test_one_logit_needs_two_tokens_and_softmax_scores():
+    world = independent_tokens([F(1, 2), F(1, 2)], [F(1, 3), F(2, 3)], 2)
+    with pytest.raises(ValueError, match="got 2 tokens and scores of its own"):
+        one_logit(one_logit(world))
+    with pytest.raises(ValueError, match=r"got 3 tokens$"):
+        one_logit(random_tree(np.random.default_rng(0), n_actions=3))
 
 
 def test_random_worlds_of_the_tests_are_what_their_kinds_say():

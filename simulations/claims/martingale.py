@@ -9,7 +9,7 @@ import numpy as np
 
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, scalar, two_step, with_forbidden_tokens
-from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
+from simulations.exact import Trajectories, enumerate_trajectories, exact_log2, ratio_moments
 from simulations.mdp import (
     POLICY,
     World,
@@ -375,18 +375,6 @@ def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
 
 
 # --- 1.log ----------------------------------------------------------------------------------------------------------
-
-
-def exact_log2(value: Fraction) -> int:
-    """log2 of a power of two, exactly.
-
-    >>> exact_log2(Fraction(1, 8))
-    -3
-    """
-    numerator, denominator = value.numerator.bit_length() - 1, value.denominator.bit_length() - 1
-    if value != Fraction(2**numerator, 2**denominator):
-        raise ValueError(f"value: must be a power of two, got {value}")
-    return numerator - denominator
 
 
 def variance_of_sum(paths: Trajectories, logs: np.ndarray) -> list[Fraction]:
