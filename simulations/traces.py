@@ -22,7 +22,8 @@ File layout (version 1), an ``.npz`` archive without pickled objects:
   ``traces``, a list of objects with ``name``, ``kind``, ``description``, ``sample``, ``updates``, ``meta``.
 * ``samples/<sample>/mask`` (n, T) bool and ``samples/<sample>/behavior_logp`` (n, T) float, nats; where
   known also ``prompt`` (n,) int, ``rewards`` and ``advantages`` (n,) float, ``tokens`` (n, T) int.
-* ``traces/<name>/logp`` (n, T) float, nats; for updates also ``first_update`` (n,) int.
+* ``traces/<name>/logp`` (n, T) float, nats; for updates also ``first_update`` (n,) int; where recorded also
+  ``kl``, ``chi2`` and ``log_variance`` (n, T) float, exact sums over the vocabulary at each recorded prefix.
 
 Prompts are left out; padding and tool tokens are False in the mask, and what stands there never matters.
 """
@@ -56,10 +57,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "MORE_PROMPTS",
     "PROMPTS",
+    "RECORDINGS",
     "TRACES",
     "Prompt",
     "RecordSettings",
+    "Schedule",
     "Trace",
     "load_traces",
     "mean_word_length",
@@ -69,10 +73,13 @@ __all__ = [
 ]
 
 KINDS = ("temperature", "weight_noise", "precision", "update", "truncation", "other")
-TRACES = Path(__file__).parent / "data" / "smollm2_135m_instruct.npz"
+_DATA = Path(__file__).parent / "data"
+TRACES = _DATA / "smollm2_135m_instruct.npz"
 
 _FORMAT, _VERSION = "ctpo-traces", 1
 _SAMPLE_FIELDS = ("mask", "behavior_logp", "prompt", "rewards", "advantages", "tokens")
+#: Exact sums over the vocabulary at every recorded prefix, by the names of `Trace`'s fields.
+_EXACT_FIELDS = ("kl", "chi2", "log_variance")
 # A log-softmax in float32 or wider cannot exceed 0, one in bfloat16 can by its rounding.
 _LOGP_TOLERANCE = 1e-2
 
@@ -93,16 +100,20 @@ class Trace:
         prompt: Index of each sequence's prompt, shape (n,), or None.
         rewards: Outcome reward of each sequence, shape (n,), or None.
         advantages: Advantage of each sequence, shape (n,), or None.
-        first_update: Index, from 0, of the first update that used the sequence, -1 if none ever does,
-            shape (n,); None means -1 throughout.
+        first_update: Index, from 0, of the first update that used the sequence, shape (n,); -1 if neither it
+            nor its reward ever enters one, `updates` or more if it has not been used but its reward has, or
+            may have, entered the advantages of its group. None means -1 throughout.
         updates: Number of updates between the behavior and the target.
         tokens: Token ids, shape (n, T), or None.
+        kl: KL(b(.|s_t) || pi(.|s_t)) at the prefix of each token, nats, shape (n, T), or None.
+        chi2: sum_a pi(a|s_t)^2 / b(a|s_t) - 1 there, shape (n, T), or None.
+        log_variance: Variance of log pi(a|s_t)/b(a|s_t) under b there, nats^2, shape (n, T), or None.
         meta: Settings of this trace, JSON values.
         provenance: How the file was made, JSON values.
 
     Raises:
-        ValueError: A name or kind is not allowed, an array has the wrong shape or type, or an unmasked
-            log-probability is above 0 or not finite.
+        ValueError: A name or kind is not allowed, an array has the wrong shape or type, an unmasked
+            log-probability is above 0 or not finite, or an unmasked divergence below 0 or not finite.
 
     Example:
         >>> trace = Trace(name="mine", kind="other", description="one update",
@@ -124,6 +135,9 @@ class Trace:
     first_update: np.ndarray | None = None
     updates: int = 0
     tokens: np.ndarray | None = None
+    kl: np.ndarray | None = None
+    chi2: np.ndarray | None = None
+    log_variance: np.ndarray | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -145,6 +159,11 @@ class Trace:
                 raise ValueError(f"{field} has {(~np.isfinite(value)).sum()} unmasked entries that are not finite")
             if (value > _LOGP_TOLERANCE).any():
                 raise ValueError(f"{field} reaches {value.max():.6g}, log-probabilities are at most 0")
+        for field in _EXACT_FIELDS:
+            if getattr(self, field) is not None:
+                value = self._set(field, "f", mask.shape)[mask]
+                if not (np.isfinite(value) & (value >= 0)).all():
+                    raise ValueError(f"{field} has unmasked entries below 0 or not finite, allowed are numbers from 0")
         n = mask.shape[:1]
         if self.first_update is None:
             object.__setattr__(self, "first_update", np.full(n, -1))
@@ -189,6 +208,14 @@ class Trace:
         over disjoint mini-batches, but their rewards entered the advantages of earlier mini-batches.
         """
         return np.asarray(self.first_update) < 0
+
+    @property
+    def same_group(self) -> np.ndarray:
+        """True, shape (n,), where no update has used the sequence but its group may have entered one.
+
+        Its reward is part of the mean and the spread that made the advantages of its group's other sequences.
+        """
+        return ~self.used & ~self.held_out
 
     def select(self, rows: np.ndarray) -> Trace:
         """Return the trace of some of the sequences.
@@ -243,6 +270,8 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
             elif not (value is arrays.get(key) or _same(value, arrays.get(key), trace.mask)):
                 raise ValueError(f"traces has another {field} in {trace.name!r} than elsewhere in {trace.sample!r}")
         arrays[f"traces/{trace.name}/logp"] = trace.logp
+        found = {field: getattr(trace, field) for field in _EXACT_FIELDS}
+        arrays |= {f"traces/{trace.name}/{field}": value for field, value in found.items() if value is not None}
         if not trace.held_out.all():
             arrays[f"traces/{trace.name}/first_update"] = np.asarray(trace.first_update)
         keys = ("name", "kind", "description", "sample", "updates")
@@ -269,7 +298,7 @@ def load_traces(path: str | os.PathLike[str] | None = None) -> dict[str, Trace]:
     """Read traces by name, in the file's order.
 
     Args:
-        path: A file in the layout of the module docstring; None for the recorded traces of this project.
+        path: A file in the layout of the module docstring; None for the first of this project's `RECORDINGS`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -302,7 +331,7 @@ def load_traces(path: str | os.PathLike[str] | None = None) -> dict[str, Trace]:
         for entry in head["traces"]:
             fields: dict[str, Any] = {
                 **{k: arrays.get(f"samples/{entry['sample']}/{k}") for k in _SAMPLE_FIELDS},
-                **{k: arrays.get(f"traces/{entry['name']}/{k}") for k in ("logp", "first_update")},
+                **{k: arrays.get(f"traces/{entry['name']}/{k}") for k in ("logp", "first_update", *_EXACT_FIELDS)},
             }
             for field in ("mask", "behavior_logp", "logp"):
                 if fields[field] is None:
@@ -385,6 +414,35 @@ PROMPTS = (
     ),
 )
 
+MORE_PROMPTS = (
+    _chat("letter", "Write a long letter from a retired sailor to his granddaughter, telling her of his life."),
+    _chat("recipe", "Give a detailed recipe for a vegetable soup with homemade noodles, and explain every step."),
+    _chat(
+        "history",
+        "Explain in detail how the printing press changed Europe, for pupils of fourteen, with examples.",
+    ),
+    _chat("debate", "Write a debate of two neighbors on whether their town should close its center to cars."),
+    _chat(
+        "function",
+        "Write a C function that reverses a linked list, explain it line by line, and discuss its complexity.",
+    ),
+    Prompt(
+        "diary",
+        "March 3rd. The ice is still too thick for the boat, and the radio has been silent since Sunday. Today I "
+        "counted what is left in the store room:",
+    ),
+    Prompt(
+        "textbook",
+        "Chapter 7: Probability\n\n7.1 Random experiments\n\nA coin is tossed several times, and each time we write "
+        "down whether it shows heads or tails.",
+    ),
+    Prompt(
+        "review",
+        "Travel notes: four days on foot along the coast, with a tent and two old maps.\n\nDay 1. We left the station "
+        "at seven",
+    ),
+)
+
 
 def mean_word_length(text: str) -> float:
     """Return the mean number of letters of a word, the reward of the recorded updates; 0 without words.
@@ -422,6 +480,34 @@ def _chosen_log_probs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tenso
 
     # The normalisation is done in float32 whatever the model's dtype, as trainers do.
     return -cross_entropy(logits.flatten(0, 1).float(), chosen.flatten(), reduction="none").view(chosen.shape)
+
+
+def _divergences(behavior: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return KL(b||pi), chi-square and Var_b(log pi/b) of next-token distributions given by logits (B, T, V).
+
+    Shape (3, B, T), float64. Logits are subtracted before any exponential and centered under b, so that
+    divergences far below the rounding of a probability keep their digits.
+    """
+    import torch
+    from torch.linalg import vecdot
+
+    found = []
+    # Two prefixes at a time: what fits into a cache takes a quarter of the time.
+    for old, new in zip(behavior.flatten(0, 1).split(2), target.flatten(0, 1).split(2), strict=True):
+        b = old.double().softmax(-1)
+        shift = new.double() - old
+        shift -= vecdot(b, shift)[:, None]
+        kl = vecdot(b, shift.expm1()).log1p()
+        variance = vecdot(b, shift.square())
+        chi2 = vecdot(b, shift.sub_(kl[:, None]).mul_(2.0).expm1_())
+        found.append(torch.stack([kl, chi2, variance]))
+    return torch.cat(found, 1).unflatten(1, behavior.shape[:2]).clamp(min=0.0)
+
+
+def _to_ten_bits(values: np.ndarray) -> np.ndarray:
+    """Round to ten significant bits, float32: an error of at most 0.1 % that compresses to half."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.rint(mantissa * 1024) / 1024, exponent).astype(np.float32)
 
 
 def _completions(
@@ -488,6 +574,48 @@ class _Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Policy-gradient updates that start from the behavior policy.
+
+    Args:
+        name: Of its traces, which append the number of updates.
+        updates: Growing numbers of updates after which the target is recorded.
+        learning_rate: Of AdamW.
+        mini_batches: How many mini-batches it takes in turn, again and again; None for all there are.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    name: str = "updates"
+    updates: tuple[int, ...] = (1, 4, 8, 16)
+    learning_rate: float = 2e-6
+    mini_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = list(self.updates)
+        for name, fine, allowed in (
+            ("updates", all(_is_integer(x, 1) for x in counts), "integers from 1"),
+            ("updates", counts == sorted(set(counts)) and counts, "growing integers, at least one"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive numbers"),
+            ("mini_batches", self.mini_batches is None or _is_integer(self.mini_batches, 1), "integers from 1"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, allowed are {allowed}")
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+_PRECISIONS = {
+    "bfloat16": "bfloat16: numerical noise only.",
+    "bfloat16_batch_1": "bfloat16, one sequence at a time: numerical noise only.",
+    "float32_batch_1": "float32, one sequence at a time: the floor of numerical noise.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class RecordSettings:
     """Numbers of a recording.
 
@@ -498,10 +626,14 @@ class RecordSettings:
         tokens: Most new tokens of a response.
         batch: Sequences in one forward pass, but for the ``precision`` targets that take one at a time.
         temperatures: Of the targets of kind ``temperature``.
-        noise: Standard deviation of the noise on a weight, over the root mean square of its tensor.
-        top_p: Mass of the nucleus that the second behavior samples from.
-        updates: Growing numbers of updates after which the target is recorded.
-        learning_rate: Of AdamW.
+        precisions: Names of the targets of kind ``precision``.
+        noise: Standard deviation of the noise on a weight, over the root mean square of its tensor; None for no
+            target of kind ``weight_noise``.
+        top_p: Mass of the nucleus that the second behavior samples from; None for no second behavior.
+        schedules: Of the targets of kind ``update``.
+        parts: Mini-batches that one response of every prompt is divided into, by prompt modulo `parts`.
+        exact: Whether the targets' divergences from the behavior are recorded at each prefix, at the cost of one
+            more forward pass for each schedule and for the precisions.
 
     Raises:
         ValueError: A number is out of range.
@@ -513,32 +645,66 @@ class RecordSettings:
     tokens: int = 256
     batch: int = 8
     temperatures: tuple[float, ...] = (0.98, 1.02)
-    noise: float = 0.003
-    top_p: float = 0.9
-    updates: tuple[int, ...] = (1, 4, 8, 16)
-    learning_rate: float = 2e-6
+    precisions: tuple[str, ...] = tuple(_PRECISIONS)
+    noise: float | None = 0.003
+    top_p: float | None = 0.9
+    schedules: tuple[Schedule, ...] = (Schedule(),)
+    parts: int = 1
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        def integer(value: object, low: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-        scales, counts = list(self.temperatures), list(self.updates)
+        scales, names = list(self.temperatures), [schedule.name for schedule in self.schedules]
+        most = max([schedule.mini_batches or 1 for schedule in self.schedules], default=1)
         for name, fine, allowed in (
-            ("seed", integer(self.seed, 0), "integers from 0"),
-            ("threads", integer(self.threads, 1), "integers from 1"),
-            ("responses", integer(self.responses, 4) and self.responses % 2 == 0, "even integers from 4"),
-            ("tokens", integer(self.tokens, 1), "integers from 1"),
-            ("batch", integer(self.batch, 2), "integers from 2"),
+            ("seed", _is_integer(self.seed, 0), "integers from 0"),
+            ("threads", _is_integer(self.threads, 1), "integers from 1"),
+            ("responses", _is_integer(self.responses, 4) and self.responses % 2 == 0, "even integers from 4"),
+            ("tokens", _is_integer(self.tokens, 1), "integers from 1"),
+            ("batch", _is_integer(self.batch, 2), "integers from 2"),
             ("temperatures", all(0 < x < math.inf for x in scales), "positive numbers"),
             ("temperatures", len({f"{x:g}" for x in scales}) == len(scales), "different numbers"),
-            ("noise", 0 < self.noise < math.inf, "positive numbers"),
-            ("top_p", 0 < self.top_p < 1, "numbers between 0 and 1"),
-            ("updates", all(integer(x, 1) for x in counts), "integers from 1"),
-            ("updates", counts == sorted(set(counts)), "growing integers"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive numbers"),
+            ("precisions", set(self.precisions) <= set(_PRECISIONS), f"some of {', '.join(_PRECISIONS)}"),
+            ("noise", self.noise is None or 0 < self.noise < math.inf, "positive numbers"),
+            ("top_p", self.top_p is None or 0 < self.top_p < 1, "numbers between 0 and 1"),
+            ("schedules", len(set(names)) == len(names), "different names"),
+            ("parts", _is_integer(self.parts, 1), "integers from 1"),
         ):
             if not fine:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed are {allowed}")
+        if most > self.mini_batches:
+            raise ValueError(f"schedules take up to {most} mini-batches, there are {self.mini_batches}")
+
+    @property
+    def mini_batches(self) -> int:
+        """Disjoint mini-batches that the trained-on half is divided into."""
+        return self.responses // 2 * self.parts
+
+
+_MORE = RecordSettings(
+    threads=1,
+    responses=8,
+    tokens=192,
+    temperatures=(0.98,),
+    precisions=("bfloat16", "bfloat16_batch_1"),
+    noise=None,
+    top_p=None,
+    schedules=(
+        Schedule(),
+        Schedule("repeated", (4, 8, 16), mini_batches=2),
+        Schedule("fast", (1, 4, 8), 1e-5),
+        Schedule("fast_repeated", (4, 8), 1e-5, mini_batches=2),
+    ),
+    parts=2,
+    exact=True,
+)
+#: Settings and prompts of this project's recordings, by file: `record` makes each again.
+RECORDINGS: dict[Path, tuple[RecordSettings, tuple[Prompt, ...]]] = {
+    TRACES: (RecordSettings(), PROMPTS),
+    **{
+        _DATA / f"smollm2_135m_instruct_seed_{seed}.npz": (dataclasses.replace(_MORE, seed=seed), MORE_PROMPTS)
+        for seed in (1, 2)
+    },
+}
 
 
 def record(
@@ -559,7 +725,8 @@ def record(
 
     .. math:: \frac{1}{\sum_i |o_i|} \sum_i A_i \sum_t \nabla \log \pi(a_{i,t} | s_{i,t})
 
-    over one trained-on response of every prompt; every pass takes the same mini-batches in the same order.
+    over one trained-on response of every prompt, or of every `parts`-th; every pass takes the same mini-batches
+    in the same order, and every schedule starts from the behavior.
     :math:`A_i` is relative to the group of the prompt's trained-on responses, scaled by its standard
     deviation. The held-out responses are a group of their own, so nothing of them enters an update.
 
@@ -590,6 +757,8 @@ def record(
         raise ValueError(f"prompts has the names {names}, allowed are one or more, all different")
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer are one given, one None; allowed are both or neither")
+    if len(prompts) < settings.parts:
+        raise ValueError(f"prompts are {len(prompts)}, allowed are at least {settings.parts}, the parts of an update")
 
     import torch
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -605,11 +774,8 @@ def record(
             model, tokenizer, identity = _smollm2()
         provenance = {
             **identity,
-            "settings": {
-                **dataclasses.asdict(settings),
-                "temperatures": list(settings.temperatures),
-                "updates": list(settings.updates),
-            },
+            # Through JSON, as a reader of the file sees it.
+            "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
             "reward": reward.__name__,
             "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
             "versions": results.versions(),
@@ -660,67 +826,89 @@ class _Recording:
         full = self.sampled(generators[0], 1.0)
 
         # One forward pass gives the behavior, the tempered targets and whether a token is in the nucleus.
-        def read(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-            parts = [_chosen_log_probs(logits / scale, chosen) for scale in (1.0, *settings.temperatures)]
-            probability = logits.float().softmax(-1)
-            likelier = probability > probability.gather(-1, chosen[..., None])
-            above = torch.where(likelier, probability, 0.0).sum(-1)
-            return torch.stack([*parts, (above < settings.top_p).float()])
+        def read(logits: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
+            parts = [_chosen_log_probs(logits, chosen)]
+            for scale in settings.temperatures:
+                parts.extend(self.read_target(logits, logits / scale, chosen))
+            if settings.top_p is not None:
+                probability = logits.float().softmax(-1)
+                likelier = probability > probability.gather(-1, chosen[..., None])
+                above = torch.where(likelier, probability, 0.0).sum(-1)
+                parts.append((above < settings.top_p).float())
+            return parts
 
-        behavior_logp, *tempered, inside = self.scored(full, self.model, "behavior", read=read)
+        behavior_logp, *tempered = self.scored(full, "behavior", read)
+        inside = None if settings.top_p is None else tempered.pop()
         shared = self.arrays(full, behavior_logp)
         sample = {"sample": "temperature_1", **shared}
 
-        def trace(kind: str, name: str, description: str, logp: np.ndarray, **rest: Any) -> Trace:
-            return self.trace(sample, logp, kind=kind, name=name, description=description, **rest)
+        def trace(kind: str, name: str, description: str, arrays: Mapping[str, np.ndarray], **rest: Any) -> Trace:
+            return self.trace(sample, arrays, kind=kind, name=name, description=description, **rest)
 
-        for scale, logp in zip(settings.temperatures, tempered, strict=True):
+        for scale, arrays in zip(settings.temperatures, self.fields(tempered), strict=True):
             meta = {"temperature": scale, "sampler_minus_rescored": full.gap(behavior_logp)}
             text = f"The same weights at temperature {scale:g}."
-            yield trace("temperature", f"temperature_{scale:g}", text, logp, meta=meta)
+            yield trace("temperature", f"temperature_{scale:g}", text, arrays, meta=meta)
 
         rounded = _with_parameters(self.model, lambda weight: weight.to(torch.bfloat16))
-        for dtype, target, batch, text in (
-            ("bfloat16", rounded, settings.batch, "bfloat16: numerical noise only."),
-            ("bfloat16", rounded, 1, "bfloat16, one sequence at a time: numerical noise only."),
-            ("float32", self.model, 1, "float32, one sequence at a time: the floor of numerical noise."),
-        ):
-            name = dtype if batch == settings.batch else f"{dtype}_batch_{batch}"
-            logp = self.scored(full, target, name, batch=batch)
-            text = f"The same weights recomputed in {text}"
-            yield trace("precision", name, text, logp, meta={"dtype": dtype, "batch": batch})
-        del rounded
+        # Each with its dtype, its target and how many sequences it takes at a time.
+        shapes: dict[str, tuple[str, Any, int]] = {
+            "bfloat16": ("bfloat16", rounded, settings.batch),
+            "bfloat16_batch_1": ("bfloat16", rounded, 1),
+            "float32_batch_1": ("float32", self.model, 1),
+        }
+        chosen = {name: shape for name, shape in shapes.items() if name in settings.precisions}
+        recomputed = self.compared(full, [(target, size) for _, target, size in chosen.values()], "precisions")
+        for (name, (dtype, _, batch)), arrays in zip(chosen.items(), recomputed, strict=True):
+            text = f"The same weights recomputed in {_PRECISIONS[name]}"
+            yield trace("precision", name, text, arrays, meta={"dtype": dtype, "batch": batch})
+        del rounded, shapes, chosen
 
-        def disturbed(weight: torch.Tensor) -> torch.Tensor:
-            scale = settings.noise * weight.square().mean().sqrt()
-            return weight + scale * torch.randn(weight.shape, generator=generators[2])
+        if settings.noise is not None:
+            noise = settings.noise
 
-        text = f"Gaussian noise on every weight, {settings.noise:g} of its tensor's root mean square."
-        logp = self.scored(full, _with_parameters(self.model, disturbed), "weight noise")
-        yield trace("weight_noise", "weight_noise", text, logp, meta={"relative_noise": settings.noise})
+            def disturbed(weight: torch.Tensor) -> torch.Tensor:
+                scale = noise * weight.square().mean().sqrt()
+                return weight + scale * torch.randn(weight.shape, generator=generators[2])
 
-        yield self.truncated(full, inside, generators[1])
+            text = f"Gaussian noise on every weight, {noise:g} of its tensor's root mean square."
+            target = _with_parameters(self.model, disturbed)
+            (arrays,) = self.compared(full, [(target, settings.batch)], "weight noise")
+            yield trace("weight_noise", "weight_noise", text, arrays, meta={"relative_noise": noise})
 
-        # A mini-batch is one response of every prompt; held-out responses have none.
-        half = settings.responses // 2
-        order = np.tile(np.arange(settings.responses), len(self.prompts))
-        order = np.where(order < half, order, -1)
+        if settings.top_p is not None and inside is not None:
+            yield self.truncated(full, inside, generators[1], settings.top_p)
+
+        # A mini-batch has at most one response of each prompt; held-out responses are in none.
+        half, parts = settings.responses // 2, settings.parts
+        prompt, response = np.divmod(np.arange(len(full.mask)), settings.responses)
+        order = np.where(response < half, response * parts + prompt % parts, -1)
         sequences = list(zip(*full.sequences(), shared["advantages"].tolist(), strict=True))
-        learner = _with_parameters(self.model, torch.clone)
-        optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-        meta = {"optimizer": "AdamW", "learning_rate": settings.learning_rate, "updates_per_pass": half}
-        for done, count in itertools.pairwise((0, *settings.updates)):
-            for update in self.track(range(done, count), f"updates to {count}"):
-                _step(learner, optimizer, [sequences[i] for i in np.flatnonzero(order == update % half)])
-            text = f"After {count} policy-gradient updates on half of the sequences."
-            logp = self.scored(full, learner, f"after {count}")
-            yield trace("update", f"updates_{count}", text, logp, meta=meta, first_update=order, updates=count)
+        for schedule in settings.schedules:
+            used = schedule.mini_batches or settings.mini_batches
+            meta = {"optimizer": "AdamW", "learning_rate": schedule.learning_rate, "updates_per_pass": used}
+            learner = _with_parameters(self.model, torch.clone)
+            optimizer = torch.optim.AdamW(learner.parameters(), lr=schedule.learning_rate, weight_decay=0.0)
+            targets = []
+            for done, count in itertools.pairwise((0, *schedule.updates)):
+                for update in self.track(range(done, count), f"{schedule.name} to {count}"):
+                    _step(learner, optimizer, [sequences[i] for i in np.flatnonzero(order == update % used)])
+                targets.append((_with_parameters(learner, torch.clone), settings.batch))
+            del learner, optimizer
+            first = np.where(order < used, order, schedule.updates[-1])
+            found = self.compared(full, targets, schedule.name)
+            for count, arrays in zip(schedule.updates, found, strict=True):
+                text = (
+                    f"After {count} policy-gradient updates on {used} of {settings.mini_batches} mini-batches, which "
+                    "divide half of the sequences."
+                )
+                name = f"{schedule.name}_{count}"
+                yield trace("update", name, text, arrays, meta=meta, first_update=first, updates=count)
 
-    def truncated(self, full: _Sample, inside: np.ndarray, generator: torch.Generator) -> Trace:
+    def truncated(self, full: _Sample, inside: np.ndarray, generator: torch.Generator, top_p: float) -> Trace:
         """Return the full model over a behavior cut to its nucleus."""
-        top_p = self.settings.top_p
         nucleus = self.sampled(generator, top_p)
-        logp = self.scored(nucleus, self.model, "top-p behavior")
+        (logp,) = self.scored(nucleus, "top-p behavior", lambda logits, ids: [_chosen_log_probs(logits, ids)])
         # The nucleus is the one that the sampler used. Rounding is monotone: no ratio comes out above 1.
         sample = self.arrays(nucleus, logp - nucleus.log_mass.astype(np.float32))
         survived = np.cumprod(np.where(full.mask, inside, 1.0), -1)
@@ -733,7 +921,8 @@ class _Recording:
         }
         text = f"The full model, over its own samples from the top-p {top_p:g} nucleus."
         name = f"top_p_{top_p:g}"
-        return self.trace({"sample": name, **sample}, logp, kind="truncation", name=name, description=text, meta=meta)
+        own = {"sample": name, **sample}
+        return self.trace(own, {"logp": logp}, kind="truncation", name=name, description=text, meta=meta)
 
     def sampled(self, generator: torch.Generator, top_p: float) -> _Sample:
         import torch
@@ -750,32 +939,55 @@ class _Recording:
         return _Sample(ids, [len(prompt) for prompt in encoded], mask, logp, log_mass)
 
     def scored(
-        self,
-        sample: _Sample,
-        model: Any,
-        title: str,
-        *,
-        batch: int | None = None,
-        read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _chosen_log_probs,
-    ) -> np.ndarray:
-        """Run every sequence through a model in batches of one prompt, hence without padding.
+        self, sample: _Sample, title: str, read: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+    ) -> list[np.ndarray]:
+        """Run every sequence through the behavior in batches of one prompt, hence without padding.
 
-        ``read`` takes logits (B, T, V) and token ids (B, T) to shape (..., B, T), joined to (..., n, T).
+        ``read`` takes logits (B, T, V) and token ids (B, T) to arrays (B, T), joined to (n, T).
         """
+        return self.joined(
+            sample, title, lambda ids, length: read(_completion_logits(self.model, ids, length), ids[:, length:])
+        )
+
+    def compared(self, sample: _Sample, targets: Sequence[tuple[Any, int]], title: str) -> list[dict[str, np.ndarray]]:
+        """Run every sequence through targets, each with its batch size, and return their arrays of `Trace`."""
         import torch
 
-        size = self.settings.batch if batch is None else batch
+        def read(ids: torch.Tensor, length: int) -> list[torch.Tensor]:
+            behavior = _completion_logits(self.model, ids, length) if self.settings.exact else None
+            parts = []
+            for model, size in targets:
+                logits = torch.cat([_completion_logits(model, rows, length) for rows in ids.split(size)])
+                parts.extend(self.read_target(behavior, logits, ids[:, length:]))
+            return parts
+
+        return self.fields(self.joined(sample, title, read)) if targets else []
+
+    def read_target(self, behavior: torch.Tensor | None, logits: torch.Tensor, chosen: torch.Tensor) -> list[Any]:
+        """Return arrays (B, T) of a target's `fields`."""
+        logp = _chosen_log_probs(logits, chosen)
+        return [logp, *_divergences(behavior, logits)] if self.settings.exact and behavior is not None else [logp]
+
+    def fields(self, arrays: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Return the arrays of several targets by the names of `Trace`'s fields."""
+        names = ("logp", *_EXACT_FIELDS) if self.settings.exact else ("logp",)
+        width = len(names)
+        return [dict(zip(names, arrays[i : i + width], strict=True)) for i in range(0, len(arrays), width)]
+
+    def joined(
+        self, sample: _Sample, title: str, read: Callable[[torch.Tensor, int], list[torch.Tensor]]
+    ) -> list[np.ndarray]:
+        """Take ``read`` of ids (B, P + T) and P over batches of one prompt, and join what it returns."""
+        import torch
+
         batches = [
             (part, length)
             for ids, length in zip(sample.ids, sample.prompt_lengths, strict=True)
-            for part in ids.split(size)
+            for part in ids.split(self.settings.batch)
         ]
         with torch.inference_mode():
-            found = [
-                read(_completion_logits(model, ids, length), ids[:, length:])
-                for ids, length in self.track(batches, title)
-            ]
-        return torch.cat(found, -2).numpy()
+            found = [read(ids, length) for ids, length in self.track(batches, title)]
+        return [torch.cat(part).numpy() for part in zip(*found, strict=True)]
 
     def arrays(self, sample: _Sample, behavior_logp: np.ndarray) -> dict[str, np.ndarray]:
         """Return the fields of `Trace` that all traces of a sample share."""
@@ -799,9 +1011,10 @@ class _Recording:
             "tokens": torch.cat([ids[:, length:] for ids, length in pairs]).numpy().astype(np.int32),
         }
 
-    def trace(self, sample: Mapping[str, Any], logp: np.ndarray, **rest: Any) -> Trace:
-        logp = np.where(sample["mask"], logp, np.nan)
-        return Trace(**sample, logp=logp, provenance=self.provenance, **rest)
+    def trace(self, sample: Mapping[str, Any], arrays: Mapping[str, np.ndarray], **rest: Any) -> Trace:
+        found: dict[str, Any] = {k: v if k == "logp" else _to_ten_bits(v) for k, v in arrays.items()}
+        found = {k: np.where(sample["mask"], v, np.nan) for k, v in found.items()}
+        return Trace(**sample, **found, provenance=self.provenance, **rest)
 
 
 def _step(learner: Any, optimizer: Any, rows: Sequence[tuple[torch.Tensor, int, float]]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from simulations import traces as module
-from simulations.traces import Prompt, RecordSettings, Trace, load_traces, record, save_traces
+from simulations.traces import Prompt, RecordSettings, Schedule, Trace, load_traces, record, save_traces
 
 EOS, VOCABULARY = 5, 6
 
@@ -77,6 +77,9 @@ def assert_equal(a, b):
         ({"first_update": np.array([-2, 0])}, "first_update reaches -2"),
         ({"first_update": np.array([0.0, 1.0])}, "first_update has dtype float64, allowed are integer"),
         ({"tokens": np.ones(2, int)}, r"tokens has shape \(2,\)"),
+        ({"kl": np.ones((2, 2))}, r"kl has shape \(2, 2\)"),
+        ({"chi2": np.full((2, 3), -1e-9)}, "chi2 has unmasked entries below 0"),
+        ({"log_variance": np.full((2, 3), np.nan)}, "log_variance has unmasked entries below 0 or not finite"),
     ],
 )
 def test_trace_refuses_what_is_wrong(changes, message):
@@ -107,12 +110,15 @@ def test_used_held_out_and_not_yet_used():
     )
     assert trace.used.tolist() == [True, True, False, False]
     assert trace.held_out.tolist() == [False, False, False, True]
+    assert trace.same_group.tolist() == [False, False, True, False]
     assert dataclasses.replace(trace, updates=0).used.tolist() == [False] * 4
     assert dataclasses.replace(trace, first_update=None).held_out.all()
 
 
 def test_select_keeps_rows_of_every_array():
-    kept = example().select(np.array([False, True]))
+    kept = example(kl=np.array([[1.0, 2, 3], [4, 5, np.nan]])).select(np.array([False, True]))
+    assert kept.kl[0, :2].tolist() == [4.0, 5.0]
+    assert kept.chi2 is None
     assert kept.logp[0, :2].tolist() == [-0.5, -2.0]
     assert kept.mask.tolist() == [[True, True, False]]
     assert (kept.prompt, kept.rewards, kept.advantages, kept.first_update) == (1, 0.5, -0.7, -1)
@@ -124,7 +130,8 @@ def test_select_keeps_rows_of_every_array():
 
 def test_round_trip_of_traces_that_share_a_sample(tmp_path):
     other = example(behavior_logp=np.full((2, 3), -3.0), sample="other", name="c", tokens=None, kind="other")
-    traces = [example(), example(name="b", kind="temperature", updates=0, first_update=None), other]
+    exact = {"kl": np.full((2, 3), 0.1, np.float32), "chi2": np.full((2, 3), 0.2), "log_variance": np.zeros((2, 3))}
+    traces = [example(), example(name="b", kind="temperature", updates=0, first_update=None, **exact), other]
     save_traces(tmp_path / "new" / "t.npz", traces)
     loaded = load_traces(tmp_path / "new" / "t.npz")
     assert list(loaded) == ["a", "b", "c"]
@@ -287,8 +294,7 @@ TINY = RecordSettings(
     batch=4,
     noise=0.05,
     top_p=0.7,
-    updates=(1, 2, 4),
-    learning_rate=0.01,
+    schedules=(Schedule("updates", (1, 2, 4), 0.01),),
 )
 LETTERS = (Prompt("one", "abc"), Prompt("two", "d"))
 
@@ -488,6 +494,103 @@ def test_updates_equal_adamw_written_out(tiny):
     assert moved.max() > 0.01, "the check above must be able to fail"
 
 
+# --- Exact divergences, and schedules of updates ---
+
+EXACT = dataclasses.replace(
+    TINY,
+    temperatures=(0.9,),
+    precisions=("float32_batch_1",),
+    noise=None,
+    top_p=None,
+    schedules=(Schedule("all", (1, 6), 0.01), Schedule("two", (2, 6), 0.02, mini_batches=2)),
+    parts=2,
+    exact=True,
+)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    return recorded(tmp_path_factory.mktemp("exact") / "t.npz", EXACT)
+
+
+def sums_over_the_vocabulary(b, pi):
+    """KL(b||pi), chi-square and the variance of the log-ratio under b, by a plain loop."""
+    kl = -sum(p * math.log(q / p) for p, q in zip(b, pi, strict=True))
+    chi2 = sum(q * q / p for p, q in zip(b, pi, strict=True)) - 1
+    return kl, chi2, sum(p * (math.log(q / p) + kl) ** 2 for p, q in zip(b, pi, strict=True))
+
+
+def test_divergences_equal_a_plain_loop_over_the_vocabulary(exact):
+    model, trace = recurrent(), exact["temperature_0.9"]
+    for row, t, prefix, _ in positions(trace):
+        expected = sums_over_the_vocabulary(distribution(model, prefix), distribution(model, prefix, 0.9))
+        assert [x[row, t] for x in (trace.kl, trace.chi2, trace.log_variance)] == pytest.approx(expected, rel=2e-3)
+    assert np.isnan(trace.kl[~trace.mask]).all()
+    for name in ("kl", "chi2", "log_variance"):
+        assert getattr(exact["float32_batch_1"], name)[trace.mask].max() < 1e-9
+        assert getattr(exact["all_6"], name)[trace.mask].min() > 1e-9
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4, 1e-6])
+def test_small_divergences_keep_their_digits(scale):
+    from decimal import Decimal, localcontext
+
+    import torch
+
+    rng = np.random.default_rng(5)
+    old, step = rng.normal(size=(2, 3, 7)) * 4, rng.normal(size=(2, 3, 7)) * scale
+    found = module._divergences(torch.tensor(old), torch.tensor(old + step))
+    with localcontext(prec=60):
+        for i, j in np.ndindex(2, 3):
+            weights = [[Decimal(x).exp() for x in logits[i, j].tolist()] for logits in (old, old + step)]
+            b, pi = ([w / sum(row) for w in row] for row in weights)
+            kl = -sum(p * (q / p).ln() for p, q in zip(b, pi, strict=True))
+            chi2 = sum(q * q / p for p, q in zip(b, pi, strict=True)) - 1
+            variance = sum(p * ((q / p).ln() + kl) ** 2 for p, q in zip(b, pi, strict=True))
+            # A difference of two logits of size 4 is known to 1e-15 of them.
+            tolerance = 1e-8 + 1e-14 / scale
+            assert found[:, i, j].tolist() == pytest.approx([float(x) for x in (kl, chi2, variance)], rel=tolerance)
+
+
+def test_ten_significant_bits():
+    rng = np.random.default_rng(6)
+    values = np.concatenate([10.0 ** rng.uniform(-20, 2, 2000), [0.0, 1.0, 0.5, 1023.0]])
+    found = module._to_ten_bits(values)
+    assert found.dtype == np.float32
+    assert (np.abs(found - values) <= values / 1024).all()
+    assert found[-4:].tolist() == [0.0, 1.0, 0.5, 1023.0]
+    assert abs((found / values.clip(1e-30) - 1)[:2000].mean()) < 1e-4
+
+
+def test_schedules_take_their_mini_batches_in_turn(exact):
+    # Two parts: the first prompt's response j is in mini-batch 2j, the second's in 2j + 1.
+    assert exact["all_6"].first_update.tolist() == [0, 2, 4, -1, -1, -1, 1, 3, 5, -1, -1, -1]
+    # Of six mini-batches two are ever used; the others' rewards entered the advantages of those.
+    assert exact["two_2"].first_update.tolist() == [0, 6, 6, -1, -1, -1, 1, 6, 6, -1, -1, -1]
+    for count in (2, 6):
+        assert np.flatnonzero(exact[f"two_{count}"].used).tolist() == [0, 6]
+        assert np.flatnonzero(exact[f"two_{count}"].same_group).tolist() == [1, 2, 7, 8]
+    assert exact["all_1"].used.sum() == 1
+    assert [exact[name].meta["updates_per_pass"] for name in ("all_6", "two_6")] == [6, 2]
+    assert [exact[name].meta["learning_rate"] for name in ("all_6", "two_6")] == [0.01, 0.02]
+
+
+def test_every_schedule_starts_from_the_behavior(exact, tmp_path):
+    alone = recorded(tmp_path / "t.npz", dataclasses.replace(EXACT, schedules=EXACT.schedules[1:]))
+    for name in ("two_2", "two_6"):
+        np.testing.assert_array_equal(alone[name].logp, exact[name].logp)
+    # The only mini-batch so far is one sequence.
+    moved = np.abs(np.nansum(exact["all_1"].logp - exact["all_1"].behavior_logp, 1))
+    assert moved[0] > 0.01
+
+
+def test_exact_divergences_leave_the_rest_as_it_is(exact, tmp_path):
+    plain = recorded(tmp_path / "t.npz", dataclasses.replace(EXACT, exact=False))
+    for name, trace in plain.items():
+        assert trace.kl is trace.chi2 is trace.log_variance is None
+        np.testing.assert_array_equal(trace.logp, exact[name].logp)
+
+
 @pytest.mark.parametrize(("row", "enters"), [(3, False), (11, False), (0, True), (8, True)])
 def test_nothing_of_a_held_out_sequence_enters_an_update(tiny, tmp_path, row, enters):
     calls = iter(range(100))
@@ -551,9 +654,10 @@ def test_a_crash_leaves_the_finished_traces(tmp_path, monkeypatch):
         ({"temperatures": (0.97, 0.97)}, "temperatures is .* allowed are different"),
         ({"noise": 0.0}, "noise is 0.0"),
         ({"top_p": 1.0}, "top_p is 1.0, allowed are numbers between 0 and 1"),
-        ({"updates": (4, 1)}, "updates is .* allowed are growing"),
-        ({"updates": (0, 1)}, "updates is .* integers from 1"),
-        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"precisions": ("float16",)}, "precisions is .* allowed are some of bfloat16"),
+        ({"schedules": (Schedule(), Schedule())}, "schedules is .* allowed are different names"),
+        ({"schedules": (Schedule(mini_batches=9),)}, "schedules take up to 9 mini-batches, there are 8"),
+        ({"parts": 0}, "parts is 0"),
     ],
 )
 def test_settings_refuse_what_is_out_of_range(changes, message):
@@ -561,9 +665,27 @@ def test_settings_refuse_what_is_out_of_range(changes, message):
         RecordSettings(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates": (4, 1)}, "updates is .* allowed are growing"),
+        ({"updates": ()}, "updates is .* at least one"),
+        ({"updates": (0, 1)}, "updates is .* integers from 1"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"mini_batches": 0}, "mini_batches is 0"),
+    ],
+)
+def test_schedules_refuse_what_is_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**changes)
+
+
 def test_record_refuses_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="prompts has the names"):
         record(tmp_path / "t", model=recurrent(), tokenizer=Words(), prompts=LETTERS + LETTERS[:1])
+    many = RecordSettings(parts=3)
+    with pytest.raises(ValueError, match="prompts are 2, allowed are at least 3"):
+        record(tmp_path / "t", settings=many, model=recurrent(), tokenizer=Words(), prompts=LETTERS)
     with pytest.raises(ValueError, match="model and tokenizer are one given"):
         record(tmp_path / "t", model=recurrent(), prompts=LETTERS)
 
@@ -604,7 +726,13 @@ def within_error(*scores):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     settings = dataclasses.replace(
-        TINY, responses=40, tokens=4, batch=40, temperatures=(0.7, 1.5), noise=0.1, updates=(10,)
+        TINY,
+        responses=40,
+        tokens=4,
+        batch=40,
+        temperatures=(0.7, 1.5),
+        noise=0.1,
+        schedules=(Schedule("updates", (10,), 0.01),),
     )
     prompts = tuple(Prompt(f"p{i}", "abc") for i in range(30))
     path = tmp_path_factory.mktemp("large") / "t.npz"
@@ -662,7 +790,7 @@ def test_recorded_traces_say_how_they_were_made(real):
         made = trace.provenance
         assert made["model"] == "SmolLM2-135M-Instruct"
         assert len(made["sha256"]) == 64
-        assert RecordSettings(**made["settings"]).tokens == trace.mask.shape[1] == 256
+        assert made["settings"]["tokens"] == trace.mask.shape[1] == 256
         assert [prompt["name"] for prompt in made["prompts"]] == [prompt.name for prompt in module.PROMPTS]
         assert len(made["commit"]) == 40
         assert made["seconds"] > 0
