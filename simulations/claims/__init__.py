@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from simulations.claims import effective_sample_size, gradient_bias, martingale, product_formula, real_model
+from simulations.claims import (
+    effective_sample_size,
+    gradient_bias,
+    group_advantages,
+    martingale,
+    product_formula,
+    real_model,
+)
 from simulations.claims.registry import Claim, Context, Evidence, Outcome, verify
 
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
-    for module in (martingale, product_formula, gradient_bias, effective_sample_size, real_model)
+    for module in (
+        martingale,
+        product_formula,
+        gradient_bias,
+        group_advantages,
+        effective_sample_size,
+        real_model,
+    )
     for claim in module.CLAIMS
 }
 
