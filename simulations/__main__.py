@@ -17,7 +17,7 @@ import numpy as np
 import threadpoolctl
 
 import ctpo
-from simulations import mdp, results, sweep, tables, toy_lm, traces
+from simulations import mdp, report, results, sweep, tables, toy_lm, traces
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     running.add_argument("--quick", action="store_true", help="the small version, to try it")
     _add_sweep_options(running)
+
+    reporting = commands.add_parser("report", help="the results as a text to read, markdown and one HTML page")
+    reporting.add_argument("--results", type=_folder, default=results.RESULTS, help="folder of result files")
+    reporting.add_argument("--output", type=_folder, help="folder for report.md, report.html and figures/")
 
     recording = commands.add_parser("record", help="record log-probability traces of a language model")
     _add_record_options(recording)
@@ -192,7 +196,7 @@ def verify_claims(options: argparse.Namespace) -> int:
         folder = options.output or results.RESULTS
         data["series"] = findings.series(context)
         results.write_json(folder / "verification.json", data)
-        results.write_text(folder / "verification.md", tables.markdown_report(data))
+        results.write_text(folder / "verification.md", report.markdown(data))
         written = f"details in {_shown(folder / 'verification.md')}"
     missed = [c["id"] for c in claims if not c["passed"]]
     console.print(
@@ -309,6 +313,26 @@ def run_studies(options: argparse.Namespace) -> int:
     return 0
 
 
+def write_report(options: argparse.Namespace) -> int:
+    """Draw the figures and write the report from the result files that are there."""
+    verification, studies = report.load(options.results, list(STUDIES))
+    folder = options.output or options.results
+    figures = {}
+    try:
+        from paper_figures.__main__ import main as draw
+    except ModuleNotFoundError as error:
+        print(f"no figures: {error}; pip install -c constraints.txt -e '.[figures]'", file=sys.stderr)
+    else:
+        draw(["--results", str(options.results), "--output", str(folder / "figures")])
+        figures = {path.stem: f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.png"))}
+    questions = {name: study.question for name, study in STUDIES.items()}
+    text = report.markdown(verification, studies, questions=questions, figures=figures)
+    results.write_text(folder / "report.md", text)
+    results.write_text(folder / "report.html", report.page(text, folder))
+    print(f"report in {_shown(folder / 'report.md')} and {_shown(folder / 'report.html')}")
+    return 0
+
+
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
     models = ("smollm2", "transformer")
     parser.add_argument("what", nargs="?", choices=models, default=models[0], help="model to record")
@@ -350,6 +374,7 @@ COMMANDS = {
     "verify": verify_claims,
     "measure": run_measurement,
     "run": run_studies,
+    "report": write_report,
     "record": record_traces,
 }
 

@@ -1,4 +1,4 @@
-"""How results read: tables for the terminal, and the markdown report."""
+"""How results read: tables for the terminal and for markdown."""
 
 from __future__ import annotations
 
@@ -80,54 +80,6 @@ def markdown_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(cell(row[name]).replace("|", "\\|") for name in names) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def markdown_report(data: Mapping[str, Any]) -> str:
-    """The verification as a markdown document."""
-    made = data["provenance"]
-    outcomes = data["claims"]
-    good = sum(o["passed"] for o in outcomes)
-    machine = made["machine"]
-    text = [
-        "# Verification report\n",
-        f"{good} of {len(outcomes)} claims verified as expected. A claim with the verdict *false* passes when its "
-        "counterexample is confirmed; every claim also has a negative control, a deliberately wrong subject that the "
-        "same check must reject.\n",
-        f"- commit: {made['commit'] or 'not a git checkout'}{' (with local changes)' if made['dirty'] else ''}",
-        f"- finished: {made['finished']}",
-        f"- machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, device {machine['device']}",
-        "- versions: " + ", ".join(f"{k} {v}" for k, v in made["versions"].items()),
-        "- settings: " + ", ".join(f"{k}={v}" for k, v in made["configuration"].items()) + "\n",
-    ]
-    overview = [
-        {
-            "claim": f"[{o['id']}](#{_anchor(o['id'])}) {o['statement']}",
-            "verdict expected": o["verdict"],
-            "pass": o["passed"],
-            "seconds": f"{o['seconds']:.1f}",
-        }
-        for o in outcomes
-    ]
-    text.append(markdown_rows(overview))
-    for o in outcomes:
-        text += [
-            f"\n## {o['id']}\n",
-            f"{o['statement']}\n",
-            f"- verdict: **{o['verdict']}**; {ASSUMPTION_LABEL[o['verdict']]}: {o['assumptions']}",
-            f"- source: {o['source']}",
-            f"- negative control: {o['control']}: {'rejected' if o['control_rejected'] else '**not rejected**'}\n",
-        ]
-        rows = [
-            {"what": e["what"], "engine": e["engine"], "found": e["found"], "holds": e["holds"]} for e in o["evidence"]
-        ]
-        text.append(markdown_rows(rows))
-    for section in data.get("findings", []):
-        text += [f"\n## {section['title']}\n", section["note"] + "\n", markdown_rows(section["rows"])]
-    return "\n".join(text) + "\n"
-
-
-def _anchor(identifier: str) -> str:
-    return identifier.lower().replace(".", "")
 
 
 def console() -> Console:
