@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test figures bench check clean
+.PHONY: verify test figures studies report bench check clean
 
 ## Check every claim, print the table, draw the figures (results/).
 verify: .venv/simulations.installed
@@ -17,6 +17,15 @@ test: .venv/test.installed
 ## Draw the figures from the results of the last verification.
 figures: .venv/simulations.installed
 	$(RUN) -m paper_figures
+
+## The longer studies (minutes each; an interrupted one goes on), then the report of everything.
+studies: .venv/simulations.installed
+	$(RUN) -m simulations run grid phase search training
+	$(RUN) -m simulations report
+
+## The report, results/report.md and results/report.html, from the results that are there.
+report: .venv/simulations.installed
+	$(RUN) -m simulations report
 
 ## Measure the speeds that the README states.
 bench: .venv/test.installed

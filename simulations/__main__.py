@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", metavar="ID", help="ids (2.general) or groups (2); nothing is written without --output"
     )
     verifying.add_argument("--quick", action="store_true", help="fewer random worlds and samples")
+    verifying.add_argument("--evidence", action="store_true", help="print all the evidence, as --only does")
     _add_sweep_options(verifying)
 
     measuring = commands.add_parser("measure", help="bias and variance of estimators on a world of your choice")
@@ -187,7 +188,7 @@ def verify_claims(options: argparse.Namespace) -> int:
         "findings": findings.tables() if any(claim["id"].startswith("R.") for claim in claims) else [],
     }
     data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
-    console.print(tables.claims_table(claims))
+    console.print(tables.claims_table(claims, every=bool(options.evidence or options.only)))
     for section in data["findings"]:
         console.print(tables.plain_table(section["title"], section["rows"]))
         console.print(section["note"], style="dim")

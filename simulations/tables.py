@@ -22,8 +22,8 @@ SHORT_ENGINE = {
 ASSUMPTION_LABEL = {"true": "note", "true if": "if", "false": "why"}
 
 
-def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
-    """The table that `verify` prints: one row per claim."""
+def claims_table(outcomes: Sequence[Mapping[str, Any]], *, every: bool = True) -> Table:
+    """The table that `verify` prints: one row per claim, with its first evidence and what missed, or with all of it."""
     table = Table(title="Claims about importance ratios", show_lines=True, title_justify="left", expand=True)
     table.add_column("claim", no_wrap=True)
     table.add_column("statement", ratio=5)
@@ -36,11 +36,14 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("pass", no_wrap=True)
     for outcome in outcomes:
         evidence = Text()
-        for k, item in enumerate(outcome["evidence"]):
+        shown = [item for k, item in enumerate(outcome["evidence"]) if every or k == 0 or not item["holds"]]
+        for k, item in enumerate(shown):
             style = "" if item["holds"] else "bold red"
             evidence.append("\n" if k else "")
             evidence.append(f"{SHORT_ENGINE[item['engine']]} ", style="dim")
             evidence.append(item["found"], style=style)
+        if hidden := len(outcome["evidence"]) - len(shown):
+            evidence.append(f" (+{hidden} more)", style="dim")
         if not outcome["control_rejected"]:
             evidence.append(f"\nnegative control not rejected: {outcome['control']}", style="bold red")
         passed = Text("yes", style="green") if outcome["passed"] else Text("NO", style="bold red")
