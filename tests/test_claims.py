@@ -47,6 +47,12 @@ EXPECTED = {
     "8.batch": "false",
     "8.sample": "false",
     "8.scale": "true if",
+    "9.forms": "true",
+    "9.target_advantage": "true if",
+    "9.behavior_advantage": "false",
+    "9.outcome": "false",
+    "9.action_value": "true if",
+    "9.mean_form": "false",
     "R.mean": "true if",
     "R.truncation": "false",
 }

@@ -9,6 +9,7 @@ from simulations.claims import (
     martingale,
     product_formula,
     real_model,
+    stop_gradient,
 )
 from simulations.claims.registry import Claim, Context, Evidence, Outcome, verify
 
@@ -20,6 +21,7 @@ CLAIMS: dict[str, Claim] = {
         gradient_bias,
         group_advantages,
         effective_sample_size,
+        stop_gradient,
         real_model,
     )
     for claim in module.CLAIMS
