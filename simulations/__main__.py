@@ -268,21 +268,32 @@ def chosen_world(options: argparse.Namespace) -> World:
 def run_measurement(options: argparse.Namespace) -> int:
     """Measure estimators on one world and print a row for each."""
     names = options.estimators or list(ctpo.ESTIMATORS)
-    rows = [
-        asdict(row)
-        for row in measure(
-            chosen_world(options),
-            {name: ctpo.get_estimator(name) for name in names},
-            options.advantage,
-            outcome=options.outcome,
-            samples=options.samples,
-            seed=options.seed,
-            jobs=options.jobs,
-        )
+    found = measure(
+        chosen_world(options),
+        {name: ctpo.get_estimator(name) for name in names},
+        options.advantage,
+        outcome=options.outcome,
+        samples=options.samples,
+        seed=options.seed,
+        jobs=options.jobs,
+    )
+    rows = [asdict(row) for row in found]
+    shown = [
+        {
+            "estimator": row.estimator,
+            "engine": row.engine,
+            "bias": row.relative_bias,
+            "±": row.relative_bias_error,
+            "variance": row.relative_variance,
+            "clip rate": row.clip_rate,
+            "ESS": row.ess,
+            "MSE n=10": row.relative_mse(10),
+            "MSE n=1000": row.relative_mse(1000),
+        }
+        for row in found
     ]
-    world = rows[0]["world"]
-    shown = [{key.replace("_", " "): value for key, value in row.items() if key != "world"} for row in rows]
-    tables.console().print(tables.plain_table(f"{world}, advantage {options.advantage}", shown))
+    scale = "bias and MSE relative to the true gradient, variance to the sequence ratio's"
+    tables.console().print(tables.plain_table(f"{found[0].world}, advantage {options.advantage}; {scale}", shown))
     if any(math.isnan(row["total_variance"]) for row in rows):
         print("-: so few trajectories carry the variance that sampling tells nothing; take a smaller --step or horizon")
     if options.output is not None:

@@ -31,6 +31,8 @@ from simulations.mdp import END, POLICY, TOOL, World, check_kind, check_name, ze
 
 #: Above this many trajectories enumeration is refused.
 MAX_TRAJECTORIES = 200_000
+#: Memory that the scores of all tokens of a set of trajectories may take, in bytes; else they are looked up anew.
+MAX_GATHERED_BYTES = 256 * 1024**2
 #: Memory that a dynamic-programming pass may take for its stored forward pass, in bytes.
 MAX_STORED_BYTES = 2 * 1024**3
 
@@ -657,7 +659,8 @@ def score_summer(world: World, states: np.ndarray, actions: np.ndarray) -> Calla
     n, horizon = states.shape
     d = local.shape[2]
     rows = np.arange(n)
-    if world.exact:
+    by_token = world.n_blocks == 1 or world.parameters == "position"
+    if world.exact or (by_token and n * horizon * d * 8 > MAX_GATHERED_BYTES):
 
         def loop(coefficients: np.ndarray) -> np.ndarray:
             total = zeros((n, world.n_blocks, d), coefficients.dtype == object)

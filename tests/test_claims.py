@@ -195,12 +195,13 @@ def test_run_measures_exactly_where_it_can(tmp_path, capsys):
 
 def test_run_samples_where_it_must(tmp_path, capsys):
     arguments = ["measure", "--world", "chain", "--horizon", "32", "--step", "0.05", "--samples", "9000", "--jobs", "1"]
-    assert cli.main([*arguments, "--estimators", "sequence", "--output", str(tmp_path / "run.json")]) == 0
-    row = json.loads((tmp_path / "run.json").read_text())["rows"][0]
-    assert row["engine"] == "Monte Carlo"
-    assert row["clip_rate"] is None
-    # The norm of the noise is about its own scale: the estimator is unbiased.
-    assert row["relative_bias"] < 2 * row["relative_bias_error"]
+    assert cli.main([*arguments, "--estimators", "sequence", "ctpo", "--output", str(tmp_path / "run.json")]) == 0
+    sequence, ctpo = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert [row["engine"] for row in (sequence, ctpo)] == ["dynamic programming", "Monte Carlo"]
+    assert sequence["relative_bias"] < 1e-9
+    assert ctpo["relative_bias"] > 10 * ctpo["relative_bias_error"] > 0
+    assert ctpo["clip_rate"] > 10 * ctpo["clip_rate_error"] > 0
+    assert "MSE n=1000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -217,13 +218,13 @@ def test_run_refuses_what_it_cannot_use(arguments, message, capsys):
 
 
 def test_variance_that_samples_cannot_tell_is_not_told(tmp_path, capsys):
-    arguments = ["measure", "--world", "chain", "--horizon", "64", "--step", "1", "--samples", "20000", "--jobs", "1"]
-    assert cli.main([*arguments, "--estimators", "sequence", "grpo", "--output", str(tmp_path / "run.json")]) == 0
-    sequence, grpo = json.loads((tmp_path / "run.json").read_text())["rows"]
-    assert sequence["relative_bias"] is sequence["total_variance"] is None
+    arguments = ["measure", "--world", "chain", "--horizon", "64", "--step", "1", "--samples", "9000", "--jobs", "1"]
+    assert cli.main([*arguments, "--estimators", "ctpo_fixed", "grpo", "--output", str(tmp_path / "run.json")]) == 0
+    heavy, grpo = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert heavy["relative_bias"] is heavy["total_variance"] is heavy["relative_variance"] is None
     assert grpo["relative_bias"] > 10 * grpo["relative_bias_error"]
     assert grpo["total_variance"] > 0
-    assert grpo["relative_variance"] is None
+    assert grpo["relative_variance"] > 0
     assert "sampling tells nothing" in capsys.readouterr().out
 
 
