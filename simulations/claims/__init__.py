@@ -7,9 +7,11 @@ from simulations.claims import (
     gradient_bias,
     group_advantages,
     martingale,
+    outcome_reward,
     product_formula,
     real_model,
     stop_gradient,
+    summed_gradient,
 )
 from simulations.claims.registry import Claim, Context, Evidence, Outcome, verify
 
@@ -19,6 +21,7 @@ CLAIMS: dict[str, Claim] = {
         martingale,
         product_formula,
         gradient_bias,
+        outcome_reward,
         group_advantages,
         effective_sample_size,
         stop_gradient,
