@@ -6,7 +6,7 @@ and array-api-compat only.
 """
 
 from ctpo.advantages import doubly_robust, group_relative, leave_one_out, per_decision
-from ctpo.clipping import PositionClip, RatioClip
+from ctpo.clipping import CalibratedClip, PositionClip, RatioClip
 from ctpo.estimators import ESTIMATORS, Coefficients, Estimator, get_estimator
 from ctpo.ratios import log_ratio, positions
 
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
+    "CalibratedClip",
     "Coefficients",
     "Estimator",
     "PositionClip",

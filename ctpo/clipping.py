@@ -1,29 +1,33 @@
 r"""Clip windows: the interval that an importance ratio must lie in for a token to keep its gradient.
 
-Both classes answer ``bounds(position)`` with logarithms of the window at every position t (the number of
+All classes answer ``bounds(position)`` with logarithms of the window at every position t (the number of
 policy tokens so far, counted from 1):
 
-============  ========================  =========================  =========================
-class         lower log bound           upper log bound            dual log bound
-============  ========================  =========================  =========================
-RatioClip     log(1 - low)              log(1 + high)              log(dual)
-PositionClip  -drift t - low t**power   -drift t + high t**power   -drift t + dual t**power
-============  ========================  =========================  =========================
+==============  ===============================  ================================  ================================
+class           lower log bound                  upper log bound                   dual log bound
+==============  ===============================  ================================  ================================
+RatioClip       log(1 - low)                     log(1 + high)                     log(dual)
+PositionClip    -drift t - low t**power          -drift t + high t**power          -drift t + dual t**power
+CalibratedClip  -drift t - z(low) sigma t**power -drift t + z(high) sigma t**power -drift t + z(dual) sigma t**power
+==============  ===============================  ================================  ================================
 
-The dual bound caps the ratio of tokens with a negative advantage; None means no cap.
+z(p) is the point beyond which a standard normal variable lies with probability p. The dual bound caps the ratio
+of tokens with a negative advantage; None means no cap.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
 
 import array_api_compat
 import numpy as np
 
 from ctpo._arrays import Array, check_numeric, default_float, namespace, real_number
 
-__all__ = ["PositionClip", "RatioClip"]
+__all__ = ["CalibratedClip", "Clip", "PositionClip", "RatioClip"]
 
 Bounds = tuple[Array, Array, Array | None]
 
@@ -159,6 +163,108 @@ class PositionClip:
             center = -self.drift * position
             low, high, dual = center + low, center + high, None if dual is None else center + dual
         return low, high, dual
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedClip:
+    r"""A window that a wanted share of the tokens leaves at every position, from the drift and spread of log rho_t.
+
+    With `low` the wanted share below the window, `high` and `dual` those above:
+
+    .. math:: P_b(\log\rho_t < \text{lower}_t) = \text{low}, \qquad P_b(\log\rho_t > \text{upper}_t) = \text{high}
+
+    at every t if log rho_t is Gaussian with mean -drift t and standard deviation sigma t**power. In an
+    `Estimator` of the level "cumulative" and the form "ppo", `low` is then the clip rate among the tokens with a
+    negative advantage at any position, `high` that among the tokens with a positive one, and `dual` the share of
+    the tokens with a negative advantage that the dual bound clips, all under the behavior policy.
+    `ctpo.diagnostics.calibrate_clip` estimates the constants.
+
+    A rate under the behavior policy is not a bias. What clipping takes from the gradient is weighed by rho_t, that
+    is by the target policy, under which log rho_t drifts upwards: where E_b rho_t = 1, the share of the A > 0
+    gradient mass beyond the upper bound is P(N > z(high) - sigma t**0.5) for standard normal N at power 0.5,
+    and tends to 1, whatever `high`.
+
+    Args:
+        low: Wanted share below the lower bound among tokens with A < 0, between 0 and 0.5.
+        high: Wanted share above the upper bound among tokens with A > 0, between 0 and 0.5.
+        sigma: Standard deviation of log rho_1 (with power 0.5: per square root of a token), nats, positive.
+        drift: Fall of E_b log rho_t per token, nats; for the ratios of two fixed policies KL(b||pi), which is
+            sigma**2 / 2 where log rho_t is Gaussian.
+        power: Exponent of the position in the standard deviation; 0.5 for uncorrelated tokens.
+        dual: Wanted share above the dual bound among tokens with A < 0, between 0 and 0.5; None for no bound.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    Assumptions:
+        log rho_t is Gaussian at every t, over the sequences that are clipped: neither selected by survival to t
+        nor a mixture of sequences that diverge at different speeds. The sign of the advantage tells nothing
+        about log rho_t, which fails for sequences that the target was trained on.
+
+    Example:
+        >>> clip = CalibratedClip(low=0.1, high=0.05, sigma=0.04, drift=0.0008)
+        >>> low, high, dual = clip.bounds([1, 100, 2500])
+        >>> low.round(4), high.round(4), dual
+        (array([-0.0521, -0.5926, -4.5631]), array([0.065 , 0.5779, 1.2897]), None)
+    """
+
+    low: float
+    high: float
+    sigma: float
+    drift: float
+    power: float = 0.5
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "dual"):
+            value = getattr(self, name)
+            if name == "dual" and value is None:
+                continue
+            allowed = "a number between 0 and 0.5" + (", or None" if name == "dual" else "")
+            number = real_number("CalibratedClip", name, value, allowed)
+            if not 0 < number < 0.5:
+                raise ValueError(f"CalibratedClip: {name} must be {allowed}; got {value!r}")
+            object.__setattr__(self, name, number)
+        for name in ("sigma", "drift", "power"):
+            value = getattr(self, name)
+            allowed = "a positive finite number" if name == "sigma" else "a finite number"
+            number = real_number("CalibratedClip", name, value, allowed)
+            if not math.isfinite(number) or (name == "sigma" and number <= 0):
+                raise ValueError(f"CalibratedClip: {name} must be {allowed}; got {value!r}")
+            object.__setattr__(self, name, number)
+
+    @cached_property
+    def position_clip(self) -> PositionClip:
+        """The `PositionClip` that has the same bounds."""
+        return PositionClip(
+            low=self._scale(self.low),
+            high=self._scale(self.high),
+            power=self.power,
+            dual=None if self.dual is None else self._scale(self.dual),
+            drift=self.drift,
+        )
+
+    def _scale(self, rate: float) -> float:
+        """Distance of a bound from the center of the window at t = 1."""
+        return -NormalDist().inv_cdf(rate) * self.sigma
+
+    def bounds(self, position: Array) -> Bounds:
+        """Logarithms of the window at the given positions, those of `position_clip`.
+
+        Args:
+            position: Positions t, any shape, as in `PositionClip.bounds`.
+
+        Returns:
+            (log_low, log_high, log_dual), as `PositionClip.bounds`.
+
+        Raises:
+            ValueError: `position` is not numeric.
+        """
+        return self.position_clip.bounds(position)
+
+
+#: Any of the windows.
+Clip = RatioClip | PositionClip | CalibratedClip
 
 
 def _float_positions(position: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from ctpo._arrays import (
     check_shape,
     one_of,
 )
+from ctpo.clipping import CalibratedClip
 from ctpo.estimators import Estimator, get_estimator
 from ctpo.ratios import Level, log_ratio, positions
 
@@ -55,6 +56,7 @@ __all__ = [
     "Finding",
     "SpreadFit",
     "by_position",
+    "calibrate_clip",
     "chi2_divergence",
     "diagnose",
     "effective_sample_size",
@@ -399,6 +401,10 @@ class SpreadFit:
         power: p of std(log rho_t) = const t^p; 1/2 for uncorrelated increments of constant variance.
         drift: kappa of E log rho_t = -kappa t, nats per token; for genuine ratios the mean KL(b || pi) of a
             token.
+        token_drift: The same from tokens: mean of -log r_t, nats per token. Survival does not bias it.
+        token_kl: Mean of r_t - 1 - log r_t, which is never negative and, for genuine ratios, has the mean of
+            -log r_t with a far smaller error. Without E_b r_t = 1 it is no estimate of the drift: the two differ
+            by mean_token_ratio - 1.
         drift_ratio: mean(log rho_T) / Var(log rho_T); -1/2 where E rho_T = 1 and log rho_T is Gaussian.
         token_std: Standard deviation of log r_t at a position, in the root of the mean square, nats.
         variance_ratio: Var(log rho_T) / sum_t Var(log r_t); 1 for uncorrelated tokens, T for tokens that move
@@ -417,6 +423,10 @@ class SpreadFit:
     power_se: float
     drift: float
     drift_se: float
+    token_drift: float
+    token_drift_se: float
+    token_kl: float
+    token_kl_se: float
     drift_ratio: float
     drift_ratio_se: float
     token_std: float
@@ -496,20 +506,11 @@ def fit_spread(
     if not _is_integer(bootstrap) or bootstrap < 2:
         raise ValueError(f"bootstrap must be an integer of at least 2; got {bootstrap!r}")
     batch = _read(logp, behavior_logp, mask, groups)
-    if horizon is not None and not (_is_integer(horizon) and 1 <= horizon <= batch.longest):
-        longest = f"the longest sequence, {batch.longest}"
-        raise ValueError(f"horizon must be an integer between 1 and {longest}; got {horizon!r}")
+    moments = _spread_moments(batch, horizon)
     rows = np.flatnonzero(batch.length)
-    if not len(rows):
-        return SpreadFit(0, 0, 0, *[math.nan] * 18)
-    length = batch.length[rows]
-    if horizon is None:
-        reach = max(min(2, len(rows)), (len(rows) + 1) // 2)
-        horizon = int(np.sort(length)[-reach])
+    if moments is None:
+        return SpreadFit(0, 0, 0, *[math.nan] * 22)
     labels, unit = np.unique(batch.unit[rows], return_inverse=True)
-
-    tokens = batch.by_position(log_ratio(batch.logp, batch.behavior_logp, batch.mask, level="token"))
-    moments = _SpreadMoments(tokens[rows, :horizon], length)
     estimates = moments.fit(np.ones((1, len(rows))))
     replicates: dict[str, list[Floats]] = {name: [] for name in estimates}
     rng = np.random.default_rng(seed)
@@ -522,7 +523,90 @@ def fit_spread(
     for name, estimate in estimates.items():
         numbers[name] = float(estimate[0])
         numbers[f"{name}_se"] = _finite_std(replicates[name]) if math.isfinite(estimate[0]) else math.nan
-    return SpreadFit(horizon=horizon, n_sequences=len(rows), n_units=len(labels), **numbers)
+    return SpreadFit(horizon=len(moments.time), n_sequences=len(rows), n_units=len(labels), **numbers)
+
+
+def calibrate_clip(
+    logp: Array,
+    behavior_logp: Array,
+    mask: Array | None = None,
+    *,
+    low: float,
+    high: float,
+    dual: float | None = None,
+    power: float | None = 0.5,
+    drift: Literal["log_ratio", "kl"] = "log_ratio",
+    horizon: int | None = None,
+) -> CalibratedClip:
+    r"""A clip window for wanted clip rates, from the drift and the spread of recorded log-ratios.
+
+    With v_t the variance of log rho_t over the n_t sequences alive at t, as in `fit_spread`, the window has
+
+    .. math:: \hat\sigma^2 = \frac{\sum_{t \le T} (n_t - 1)\, v_t / t^{2p}}{\sum_{t \le T} (n_t - 1)}
+
+    and the drift `SpreadFit.token_drift` or `SpreadFit.token_kl`.
+
+    Args:
+        logp: Log-probabilities of the sampled tokens under the target policy, nats, shape (..., T).
+        behavior_logp: The same under the behavior policy.
+        mask: bool, same shape, True at policy tokens; None for all. Masked places may hold anything.
+        low: Wanted share below the window among tokens with A < 0, between 0 and 0.5.
+        high: Wanted share above the window among tokens with A > 0, between 0 and 0.5.
+        dual: Wanted share above the dual bound among tokens with A < 0, between 0 and 0.5; None for no bound.
+        power: p, the exponent of t in the standard deviation of log rho_t. None: `SpreadFit.power`.
+        drift: "log_ratio": the mean of -log r_t, which centers the window whatever the ratios are. "kl": the mean
+            of r_t - 1 - log r_t, much more precise from few sequences, but the drift only if E_b r_t = 1.
+        horizon: Last position to look at. None: the last that at least half of the sequences, and two, reach.
+
+    Returns:
+        The window. Its rates hold for later sequences of the same two policies; with n sequences its center
+        errs at T by about 1/sqrt(n) of the standard deviation with "log_ratio".
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, an entry at a policy token is NaN or infinite, a rate or `power`
+            or `horizon` is out of range, `drift` is unknown, or the log-ratios have no spread (one sequence, or
+            a target that is the behavior policy).
+
+    Assumptions:
+        Those of `CalibratedClip`.
+
+    Example:
+        Log-ratios of independent Gaussian tokens with E rho_t = 1. Half of the sequences calibrate a window for
+        rates of 10% and 5%; the other half is clipped:
+
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> behavior_logp = np.full((8000, 32), -1.0)
+        >>> logp = behavior_logp + rng.normal(-(0.05**2) / 2, 0.05, behavior_logp.shape)
+        >>> clip = calibrate_clip(logp[:4000], behavior_logp[:4000], low=0.1, high=0.05)
+        >>> table = by_position(
+        ...     logp[4000:],
+        ...     behavior_logp[4000:],
+        ...     advantages=np.tile([1.0, -1.0], 2000),
+        ...     estimator=Estimator("cumulative", clip),
+        ...     edges=[1, 2, 8, 33],
+        ... )
+        >>> print(format_table(table, ["t_low", "clip_low_given_negative", "clip_high_given_positive"]))
+        t_low  clip_low_given_negative  clip_high_given_positive
+        token
+            1                   0.0935                     0.054
+            2                   0.1017                   0.05358
+            8                   0.1059                   0.05268
+    """
+    one_of("drift", drift, ("log_ratio", "kl"))
+    # Every field is checked before any arithmetic; sigma and drift come from the data.
+    clip = CalibratedClip(low=low, high=high, dual=dual, power=0.5 if power is None else power, sigma=1.0, drift=0.0)
+    moments = _spread_moments(_read(logp, behavior_logp, mask, None), horizon)
+    found = None if moments is None else moments.fit(np.ones((1, len(moments.alive))), power)
+    sigma = math.nan if found is None else float(found["sigma"][0])
+    if found is None or not 0.0 < sigma < math.inf:
+        raise ValueError(
+            "logp must differ from behavior_logp, and not by the same in every sequence, for a window to be "
+            f"calibrated; got a standard deviation of {sigma}"
+        )
+    center = "token_drift" if drift == "log_ratio" else "token_kl"
+    fitted = float(found["power"][0]) if power is None else power
+    return replace(clip, sigma=sigma, drift=float(found[center][0]), power=fitted)
 
 
 @dataclass(frozen=True)
@@ -938,6 +1022,22 @@ def _clip_columns(
     }
 
 
+def _spread_moments(batch: _Batch, horizon: int | None) -> _SpreadMoments | None:
+    """What `fit_spread` fits to, up to the given or the default horizon; None without a policy token."""
+    if horizon is not None and not (_is_integer(horizon) and 1 <= horizon <= batch.longest):
+        longest = f"the longest sequence, {batch.longest}"
+        raise ValueError(f"horizon must be an integer between 1 and {longest}; got {horizon!r}")
+    rows = np.flatnonzero(batch.length)
+    if not len(rows):
+        return None
+    length = batch.length[rows]
+    if horizon is None:
+        reach = max(min(2, len(rows)), (len(rows) + 1) // 2)
+        horizon = int(np.sort(length)[-reach])
+    tokens = batch.by_position(log_ratio(batch.logp, batch.behavior_logp, batch.mask, level="token"))
+    return _SpreadMoments(tokens[rows, :horizon], length)
+
+
 class _SpreadMoments:
     """The fits of `fit_spread` under any weighting of the sequences, by matrix products."""
 
@@ -950,9 +1050,17 @@ class _SpreadMoments:
         # On the scale of the largest: the mean may overflow to inf, but never by inf - inf.
         self.scale = tokens.max(where=alive, initial=-np.inf)
         self.ratio_sum = np.exp(np.where(alive, tokens - self.scale, -np.inf)).sum(axis=1)
+        # Tokens after the last are 0 and add nothing.
+        self.log_sum = tokens.sum(axis=1)
+        with np.errstate(over="ignore"):
+            self.kl_sum = (np.expm1(tokens) - tokens).sum(axis=1)
 
-    def fit(self, weight: Floats) -> dict[str, Floats]:
-        """Estimates for each row of weights, shape (replicates, sequences); NaN where not defined."""
+    def fit(self, weight: Floats, power: float | None = 0.5) -> dict[str, Floats]:
+        """Estimates for each row of weights, shape (replicates, sequences); NaN where not defined.
+
+        "sigma" is the standard deviation at t = 1 of log-ratios that spread like t^power, or like t to the fitted
+        power where it is None.
+        """
         count = weight @ self.alive
         freedom = np.maximum(count - 1.0, 0.0)
         mean, variance = self.path.of(weight, count)
@@ -960,13 +1068,20 @@ class _SpreadMoments:
         sum_freedom, squares = freedom.sum(axis=1), np.where(freedom > 0.0, freedom * variance, 0.0)
         token_squares = np.where(freedom > 0.0, freedom * token_variance, 0.0)
         sums = np.where(count > 0.0, count * mean, 0.0)
-        mean_ratio = _divide(weight @ self.ratio_sum, count.sum(axis=1))
+        n_tokens = count.sum(axis=1)
+        mean_ratio = _divide(weight @ self.ratio_sum, n_tokens)
         with np.errstate(over="ignore", divide="ignore"):
             mean_token_ratio = np.exp(self.scale + np.log(mean_ratio))
+        with np.errstate(invalid="ignore"):  # a divergence beyond the range of floats, 0 times
+            token_kl = _divide(weight @ self.kl_sum, n_tokens)
+        slope = _log_log_slope(self.time, _divide(squares, freedom), freedom / self.time)
+        growth = self.time ** (2.0 * (slope[:, None] if power is None else power))
         return {
-            "sigma": np.sqrt(_divide((squares / self.time).sum(axis=1), sum_freedom)),
-            "power": _log_log_slope(self.time, _divide(squares, freedom), freedom / self.time),
+            "sigma": np.sqrt(_divide((squares / growth).sum(axis=1), sum_freedom)),
+            "power": slope,
             "drift": -_divide(sums.sum(axis=1), (count * self.time).sum(axis=1)),
+            "token_drift": -_divide(weight @ self.log_sum, n_tokens),
+            "token_kl": token_kl,
             "drift_ratio": _divide(mean[:, -1], variance[:, -1]),
             "token_std": np.sqrt(_divide(token_squares.sum(axis=1), sum_freedom)),
             "variance_ratio": _divide(variance[:, -1], token_variance.sum(axis=1)),

@@ -49,7 +49,7 @@ from ctpo._arrays import (
     only_where,
     real_number,
 )
-from ctpo.clipping import PositionClip, RatioClip
+from ctpo.clipping import Clip, PositionClip, RatioClip
 from ctpo.ratios import Level, at_level, bounded_positions, check_level, check_turn_ids, token_log_ratio
 
 __all__ = ["ESTIMATORS", "Coefficients", "Estimator", "Form", "get_estimator"]
@@ -121,7 +121,7 @@ class Estimator:
     """
 
     level: Level
-    clip: RatioClip | PositionClip | None = None
+    clip: Clip | None = None
     form: Form = "ppo"
     window: int | None = None
     max_log_ratio: float | None = 10.0
@@ -130,10 +130,10 @@ class Estimator:
     def __post_init__(self) -> None:
         check_level(self.level, self.window)
         one_of("form", self.form, get_args(Form))
-        if not (self.clip is None or isinstance(self.clip, RatioClip | PositionClip)):
-            raise ValueError(f"clip must be a RatioClip, a PositionClip or None; got {self.clip!r}")
+        if not (self.clip is None or isinstance(self.clip, Clip)):
+            raise ValueError(f"clip must be a RatioClip, a PositionClip, a CalibratedClip or None; got {self.clip!r}")
         if (self.clip is None) == (self.form in ("ppo", "cispo")):
-            need = "a RatioClip or PositionClip" if self.clip is None else "None"
+            need = "a RatioClip, PositionClip or CalibratedClip" if self.clip is None else "None"
             raise ValueError(f"clip must be {need} for the form {self.form!r}; got {self.clip!r}")
         if self.form == "cispo" and self.clip is not None and self.clip.dual is not None:
             raise ValueError(f"clip must have dual=None for the form 'cispo'; got {self.clip!r}")

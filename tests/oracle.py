@@ -68,6 +68,28 @@ def position_bounds(t, low, high, power, dual=None, drift=0.0):
     return center - low * width, center + high * width, None if dual is None else center + dual * width
 
 
+def normal_tail_point(rate):
+    """Where a standard normal variable lies above with probability `rate` < 1/2, by bisection."""
+    low, high = 0.0, 40.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if math.erfc(middle / math.sqrt(2)) / 2 > rate:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def calibrated_bounds(t, low, high, sigma, drift, power=0.5, dual=None):
+    t = max(t, 1)
+    std, center = sigma * t**power, -drift * t
+    return (
+        center - normal_tail_point(low) * std,
+        center + normal_tail_point(high) * std,
+        None if dual is None else center + normal_tail_point(dual) * std,
+    )
+
+
 PREFIX_LEVELS = ("cumulative", "cumulative_mean", "window", "lookahead", "min_prefix")
 
 

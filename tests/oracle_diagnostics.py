@@ -176,7 +176,10 @@ def fit(steps, horizon):
     times = range(1, horizon + 1)
     several = [t for t in times if counts[t - 1] > 1]
     freedom = sum(counts[t - 1] - 1 for t in several)
+    tokens = [d for path in steps for d in path[:horizon]]
     result = {
+        "token_drift": -math.fsum(tokens) / len(tokens),
+        "token_kl": math.fsum(math.exp(d) - 1 - d for d in tokens) / len(tokens),
         "drift": -math.fsum(counts[t - 1] * means[t - 1] for t in times if counts[t - 1])
         / sum(counts[t - 1] * t for t in times),
         "mean_log_ratio": means[-1],
@@ -186,8 +189,7 @@ def fit(steps, horizon):
         "sigma": math.nan,
         "token_std": math.nan,
         "power": math.nan,
-        "mean_token_ratio": math.fsum(math.exp(d) for path in steps for d in path[:horizon])
-        / sum(len(path[:horizon]) for path in steps),
+        "mean_token_ratio": math.fsum(math.exp(d) for d in tokens) / len(tokens),
     }
     if several:
         result["sigma"] = math.sqrt(math.fsum((counts[t - 1] - 1) * variances[t - 1] / t for t in several) / freedom)
@@ -206,6 +208,17 @@ def fit(steps, horizon):
             w * (x - center_x) ** 2 for x, _, w in points
         )
     return result
+
+
+def spread_at_one(steps, horizon, power):
+    """Standard deviation at t = 1 of log-ratios that spread like t^power, from their variances up to the horizon."""
+    total, freedom = 0.0, 0
+    for t in range(1, horizon + 1):
+        x = [math.fsum(path[:t]) for path in steps if len(path) >= t]
+        if len(x) > 1:
+            total += (len(x) - 1) * std(x, [1.0] * len(x)) ** 2 / t ** (2 * power)
+            freedom += len(x) - 1
+    return math.sqrt(total / freedom) if freedom else math.nan
 
 
 def horizon(lengths):

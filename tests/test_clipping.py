@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ctpo import PositionClip, RatioClip
+from ctpo import CalibratedClip, PositionClip, RatioClip
 
 positive = st.floats(1e-4, 10.0)
 ratio_clips = st.builds(
@@ -31,6 +31,17 @@ position_clips = st.builds(
     dual=st.one_of(st.none(), positive),
     drift=st.one_of(st.just(0.0), st.floats(-0.1, 0.1)),
 )
+rates = st.floats(1e-9, 0.499)
+calibrated_clips = st.builds(
+    CalibratedClip,
+    low=rates,
+    high=rates,
+    sigma=positive,
+    drift=st.one_of(st.just(0.0), st.floats(-0.1, 0.1)),
+    power=st.floats(-1.5, 1.5),
+    dual=st.one_of(st.none(), rates),
+)
+TENTH = CalibratedClip(low=0.1, high=0.1, sigma=0.04, drift=0.0008, dual=0.2)
 
 
 def check(xp, found, expected, shape, dtype):
@@ -55,14 +66,36 @@ def test_position_clip_equals_loops(xp, clip, places):
     check(xp, clip.bounds(xp([places], "float64")), expected, (1, len(places)), xp.dtype("float64"))
 
 
-@given(clip=st.one_of(position_clips, ratio_clips))
+@given(clip=calibrated_clips, places=st.lists(st.integers(0, 9000), min_size=1, max_size=6))
+def test_calibrated_clip_equals_loops(xp, clip, places):
+    fields = dataclasses.asdict(clip)
+    expected = [oracle.calibrated_bounds(t, **fields) for t in places]
+    check(xp, clip.bounds(xp([places], "float64")), expected, (1, len(places)), xp.dtype("float64"))
+    same = clip.position_clip
+    assert (same.power, same.drift, same.dual is None) == (clip.power, clip.drift, clip.dual is None)
+
+
+def test_a_gaussian_leaves_a_calibrated_window_at_its_rates():
+    """The shares beyond the bounds, from the error function; the power and the drift are those of the law."""
+
+    def above(x, t):
+        return math.erfc((x + 0.01 * t) / (0.2 * t**0.7) / math.sqrt(2)) / 2
+
+    clip = CalibratedClip(low=0.3, high=0.02, dual=0.001, sigma=0.2, drift=0.01, power=0.7)
+    for t in (1, 30, 8000):
+        low, high, dual = (float(bound) for bound in clip.bounds(t))
+        found = (1 - above(low, t), above(high, t), above(dual, t))
+        np.testing.assert_allclose(found, (0.3, 0.02, 0.001), rtol=1e-9)
+
+
+@given(clip=st.one_of(position_clips, ratio_clips, calibrated_clips))
 def test_a_masked_position_has_finite_bounds_of_position_one(clip):
     at_zero, at_one = clip.bounds(np.zeros(1)), clip.bounds(np.ones(1))
     for zero, one in zip(at_zero, at_one, strict=True):
         assert (zero is None and one is None) or zero == one
 
 
-@pytest.mark.parametrize("clip", [RatioClip(dual=3.0), PositionClip()])
+@pytest.mark.parametrize("clip", [RatioClip(dual=3.0), PositionClip(), TENTH])
 def test_dtype_follows_the_positions(xp, clip):
     for dtype in ("float32", "float64"):
         for bound in clip.bounds(xp([1, 2], dtype)):
@@ -98,7 +131,7 @@ def test_extreme_ratio_clips_are_open_windows():
 
 def test_bounds_stay_on_their_device():
     device = array_api_strict.Device("device1")
-    for clip in (RatioClip(dual=3.0), PositionClip(drift=0.1)):
+    for clip in (RatioClip(dual=3.0), PositionClip(drift=0.1), TENTH):
         for position in (array_api_strict.asarray([0, 2], device=device),):
             assert all(bound.device == device for bound in clip.bounds(position))
 
@@ -123,6 +156,16 @@ def test_fields_are_plain_floats_that_compare_and_serialize():
     assert hash(clip) == hash(PositionClip(power=-1.0, dual=None))
     with pytest.raises(dataclasses.FrozenInstanceError):
         clip.low = 1.0  # type: ignore[misc]
+    clip = CalibratedClip(low=0.25, high=np.float64(0.125), sigma=1, drift=0)
+    clip.bounds(1)
+    assert repr(clip) == "CalibratedClip(low=0.25, high=0.125, sigma=1.0, drift=0.0, power=0.5, dual=None)"
+    assert CalibratedClip(**json.loads(json.dumps(dataclasses.asdict(clip)))) == clip
+    assert hash(clip) == hash(CalibratedClip(low=0.25, high=0.125, sigma=1.0, drift=0.0))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        clip.low = 0.1  # type: ignore[misc]
+    assert dataclasses.replace(clip, sigma=2.0).bounds(1)[0] == 2 * clip.bounds(1)[0]
+    with pytest.raises(TypeError, match="positional"):
+        CalibratedClip(0.1, 0.1, 1.0, 0.0)
 
 
 NOT_NUMBERS = [True, "0.2", 1j, [0.2], math.nan]
@@ -170,7 +213,28 @@ def test_position_clip_has_no_missing_side(name):
         PositionClip(**{name: None})
 
 
-@pytest.mark.parametrize("clip", [RatioClip(), PositionClip()])
+@pytest.mark.parametrize("name", ["low", "high", "dual"])
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 0, -0.1, 0.5, 1])
+def test_calibrated_clip_rate_out_of_range(name, value):
+    optional = ", or None" if name == "dual" else ""
+    message = f"CalibratedClip: {name} must be a number between 0 and 0.5{optional}; got " + quoted(value)
+    with pytest.raises(ValueError, match=message):
+        CalibratedClip(**{"low": 0.1, "high": 0.1, "sigma": 1.0, "drift": 0.0, name: value})
+
+
+@pytest.mark.parametrize("name", ["sigma", "drift", "power"])
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, None, math.inf, -math.inf])
+def test_calibrated_clip_constant_out_of_range(name, value):
+    allowed = "a positive finite number" if name == "sigma" else "a finite number"
+    with pytest.raises(ValueError, match=f"CalibratedClip: {name} must be {allowed}; got " + quoted(value)):
+        CalibratedClip(**{"low": 0.1, "high": 0.1, "sigma": 1.0, "drift": 0.0, name: value})
+    if name == "sigma":
+        for size in (0, -0.1):
+            with pytest.raises(ValueError, match=f"CalibratedClip: sigma must be {allowed}; got {size}"):
+                CalibratedClip(low=0.1, high=0.1, sigma=size, drift=0.0)
+
+
+@pytest.mark.parametrize("clip", [RatioClip(), PositionClip(), TENTH])
 def test_positions_must_be_numbers(clip):
     with pytest.raises(ValueError, match=r"position must have a real dtype .*; got complex128"):
         clip.bounds(np.array([1j]))

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from strategies import GARBAGE, masks
 
 import ctpo.diagnostics
-from ctpo import get_estimator
+from ctpo import CalibratedClip, Estimator, get_estimator
 from ctpo.diagnostics import (
     by_position,
+    calibrate_clip,
     chi2_divergence,
     diagnose,
     effective_sample_size,
@@ -338,8 +339,8 @@ def test_weights_beyond_the_range_of_floats():
     assert (table["mean_ratio_se"] == np.inf).all()
     assert np.isfinite(table["std_log_ratio"]).all()
     fit = fit_spread(logp, behavior_logp)
-    assert fit.mean_token_ratio == np.inf
-    assert np.isnan(fit.mean_token_ratio_se)
+    assert fit.mean_token_ratio == fit.token_kl == np.inf
+    assert np.isnan([fit.mean_token_ratio_se, fit.token_kl_se]).all()
 
 
 # Fits.
@@ -397,6 +398,8 @@ def test_fit_recovers_a_gaussian_walk_and_rejects_others():
         "sigma": sigma,
         "power": 0.5,
         "drift": sigma**2 / 2,
+        "token_drift": sigma**2 / 2,
+        "token_kl": sigma**2 / 2,
         "drift_ratio": -0.5,
         "token_std": sigma,
         "variance_ratio": 1.0,
@@ -415,12 +418,36 @@ def test_fit_recovers_a_gaussian_walk_and_rejects_others():
     no_drift = distances(*walk(n, steps, sigma, drift=0.0))
     assert {name for name, x in no_drift.items() if x > z} == {
         "drift",
+        "token_drift",
         "drift_ratio",
         "mean_token_ratio",
         "mean_log_ratio",
     }
     linear = distances(*walk(n, steps, sigma, slope=sigma))
     assert min(linear[name] for name in ("power", "variance_ratio", "sigma", "var_log_ratio")) > z
+
+
+def test_drift_is_estimated_without_bias_and_the_divergence_with_less_noise():
+    """300 replications of ragged batches; two tokens, so that the truth is a sum of two terms."""
+    b, pi = np.array([0.3, 0.7]), np.array([0.4, 0.6])
+    kl = float((b * np.log(b / pi)).sum())
+    found = []
+    for seed in range(300):
+        rng = np.random.default_rng([11, seed])
+        token = (rng.random((40, 12)) < b[1]).astype(int)
+        mask = np.arange(12) < rng.integers(1, 13, 40)[:, None]
+        fit = fit_spread(np.log(pi[token]), np.log(b[token]), mask, bootstrap=50, horizon=int(mask.sum(axis=1).max()))
+        found.append((fit.token_drift, fit.token_kl, fit.mean_token_ratio, fit.token_drift_se, fit.token_kl_se))
+    drift, divergence, ratio, drift_se, divergence_se = np.array(found).T
+    np.testing.assert_allclose(divergence - drift, ratio - 1, atol=1e-12)
+    z = limit(3)
+    for values in (drift, divergence):
+        assert abs(values.mean() - kl) < z * values.std(ddof=1) / math.sqrt(len(values))
+    # Control: the divergence the other way round is another number.
+    other = float((pi * np.log(pi / b)).sum())
+    assert abs(divergence.mean() - other) > z * divergence.std(ddof=1) / math.sqrt(len(divergence))
+    assert divergence.std() < 0.25 * drift.std()
+    assert divergence_se.mean() < 0.25 * drift_se.mean()
 
 
 def test_power_of_linear_growth_is_one():
@@ -455,6 +482,8 @@ NAMES = (
     "sigma",
     "power",
     "drift",
+    "token_drift",
+    "token_kl",
     "drift_ratio",
     "token_std",
     "variance_ratio",
@@ -534,6 +563,77 @@ def test_seed_decides_the_bootstrap():
     few, many = fit_spread(*data, bootstrap=256), fit_spread(*data, bootstrap=1000)
     assert few.sigma == many.sigma
     assert few.sigma_se == pytest.approx(many.sigma_se, rel=0.3)
+
+
+# Calibration.
+
+
+@given(batch=recorded(rows=8), power=st.sampled_from([0.5, 0.0, 1.0, None]), drift=st.sampled_from(["log_ratio", "kl"]))
+def test_calibration_equals_loops(batch, power, drift):
+    options = {"low": 0.2, "high": 0.01, "dual": 0.3, "power": power, "drift": drift}
+    steps = [path for path in loops.paths(*batch.lists(), "token") if path]
+    horizon = loops.horizon([len(path) for path in steps]) if steps else 0
+    fit = loops.fit(steps, horizon) if steps else {"power": math.nan}
+    exponent = fit["power"] if power is None else power
+    sigma = loops.spread_at_one(steps, horizon, exponent) if math.isfinite(exponent) else math.nan
+    if not sigma > 0:
+        with pytest.raises(ValueError, match="logp must differ from behavior_logp, and not by the same in every sequ"):
+            calibrate_clip(*batch.arrays, **options)
+        return
+    clip = calibrate_clip(*batch.arrays, **options)
+    assert (clip.low, clip.high, clip.dual) == (0.2, 0.01, 0.3)
+    expected = (sigma, fit["token_drift" if drift == "log_ratio" else "token_kl"], exponent)
+    np.testing.assert_allclose((clip.sigma, clip.drift, clip.power), expected, rtol=1e-7, atol=1e-12)
+
+
+def normal_rates(clip, t, sigma, drift):
+    """Exact shares beyond the bounds of a Gaussian log rho_t: below, above, above the dual bound."""
+    law = statistics.NormalDist(-drift * t, sigma * math.sqrt(t))
+    low, high, dual = (float(bound) for bound in clip.bounds(t))
+    return law.cdf(low), 1 - law.cdf(high), 1 - law.cdf(dual)
+
+
+@pytest.mark.parametrize("drift", [None, 0.0, -0.002])
+def test_a_calibrated_window_has_its_rates_whatever_the_drift(drift):
+    """Of 1,000 sequences: the center errs by 0.03 standard deviations, the spread by as little."""
+    sigma, true = 0.05, 0.05**2 / 2 if drift is None else drift
+    recorded_ = walk(1000, 64, sigma, drift=drift, seed=7)
+    clip = calibrate_clip(*recorded_, low=0.2, high=0.1, dual=0.05)
+    for t in (1, 8, 64):
+        np.testing.assert_allclose(normal_rates(clip, t, sigma, true), (0.2, 0.1, 0.05), rtol=0.2)
+    # The divergence is the drift only where E_b r_t = 1.
+    by_kl = calibrate_clip(*recorded_, low=0.2, high=0.1, dual=0.05, drift="kl")
+    assert by_kl.drift == pytest.approx(sigma**2 / 2, rel=0.05)
+    off = abs(normal_rates(by_kl, 64, sigma, true)[0] / 0.2 - 1)
+    assert off < 0.2 if drift is None else off > 0.25
+
+
+def test_a_window_calibrated_to_a_fitted_power():
+    """Sequences that diverge at different speeds spread like t."""
+    rng = np.random.default_rng(9)
+    behavior_logp = np.full((3000, 64), -2.0)
+    logp = behavior_logp + 0.01 * rng.normal(size=(3000, 1))
+    clip = calibrate_clip(logp, behavior_logp, low=0.1, high=0.1, power=None)
+    assert clip.power == pytest.approx(1.0, abs=1e-9)
+    assert clip.sigma == pytest.approx(0.01, rel=0.1)
+    flat = by_position(
+        logp,
+        behavior_logp,
+        advantages=np.full(3000, -1.0),
+        estimator=Estimator("cumulative", clip),
+        edges=[1, 2, 64, 65],
+        pareto=False,
+    )
+    np.testing.assert_allclose(flat["clip_low"], 0.1, atol=0.03)
+
+
+def test_calibration_looks_no_further_than_its_horizon():
+    logp, behavior_logp = walk(30, 12, 0.1)
+    options = {"low": 0.1, "high": 0.1, "drift": "kl"}
+    cut = calibrate_clip(logp[:, :7], behavior_logp[:, :7], **options)
+    assert calibrate_clip(logp, behavior_logp, horizon=7, **options) == cut
+    assert calibrate_clip(logp, behavior_logp, **options) != cut
+    assert isinstance(cut, CalibratedClip)
 
 
 # Verdicts.
@@ -913,6 +1013,19 @@ NAN = np.where(np.arange(12).reshape(4, 3) == 7, np.nan, X)
         (lambda: fit_spread(X, X, horizon=1.5), "horizon must be an integer between 1"),
         (lambda: fit_spread(X, X, bootstrap=1), "bootstrap must be an integer of at least 2; got 1"),
         (lambda: fit_spread(X, X, bootstrap=2.5), "bootstrap must be an integer"),
+        (lambda: calibrate_clip(X, X, low=0.1, high=0.1, horizon=9), "horizon must be an integer between 1"),
+        (lambda: calibrate_clip(X, X, low=0.5, high=0.1), "CalibratedClip: low must be a number between 0 and 0.5"),
+        (lambda: calibrate_clip(X, X, low=0.1, high=0.1, power=NAN), "CalibratedClip: power must be a finite number"),
+        (lambda: calibrate_clip(X, X, low=0.1, high=0.1, drift="k3"), "drift must be one of log_ratio, kl; got 'k3'"),
+        (lambda: calibrate_clip(X, X, low=0.1, high=0.1), "logp must differ .*; got a standard deviation of 0.0"),
+        (
+            lambda: calibrate_clip(X[:1] - 1, X[:1], low=0.1, high=0.1),
+            "logp must differ .*; got a standard deviation of nan",
+        ),
+        (
+            lambda: calibrate_clip(X, X, X > 0, low=0.1, high=0.1),
+            "logp must differ .*; got a standard deviation of nan",
+        ),
         (lambda: diagnose(X, X, min_ess=1.0), "min_ess must be between 0 and 1; got 1.0"),
         (
             lambda: effective_sample_size(NAN),

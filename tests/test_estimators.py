@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from strategies import Batch, batches
 
-from ctpo import ESTIMATORS, Coefficients, Estimator, PositionClip, RatioClip, get_estimator
+from ctpo import ESTIMATORS, CalibratedClip, Coefficients, Estimator, PositionClip, RatioClip, get_estimator
 from ctpo.ratios import LEVELS
 
 FLAGS = ("clipped_low", "clipped_high", "clipped_dual", "saturated")
@@ -46,6 +46,10 @@ def by_loops(estimator: Estimator, batch: Batch) -> dict[str, np.ndarray]:
 
         def bounds(t):
             return oracle.position_bounds(t, clip.low, clip.high, clip.power, clip.dual, clip.drift)
+    elif isinstance(clip, CalibratedClip):
+
+        def bounds(t):
+            return oracle.calibrated_bounds(t, **dataclasses.asdict(clip))
 
     rows = [
         oracle.coefficients(
@@ -94,6 +98,14 @@ def estimators(draw) -> Estimator:
                     st.sampled_from([-0.5, 0.0, 0.5, 1.0]),
                     scale if dual else st.none(),
                     st.sampled_from([0.0, 0.01, -0.2]),
+                ),
+                st.builds(
+                    CalibratedClip,
+                    low=st.floats(0.001, 0.45),
+                    high=st.floats(0.001, 0.45),
+                    sigma=scale,
+                    drift=st.sampled_from([0.0, 0.01, -0.2]),
+                    dual=st.floats(0.001, 0.45) if dual else st.none(),
                 ),
             )
         )
@@ -317,7 +329,12 @@ def test_the_surrogates_meet_every_branch():
 
 # Exactly at a threshold, and one rounding step beyond it.
 
-EDGE_CLIPS = [RatioClip(0.2, 0.28, dual=3.0), PositionClip(), PositionClip(0.3, 0.5, 0.5, 0.7, 0.01)]
+EDGE_CLIPS = [
+    RatioClip(0.2, 0.28, dual=3.0),
+    PositionClip(),
+    PositionClip(0.3, 0.5, 0.5, 0.7, 0.01),
+    CalibratedClip(low=0.1, high=0.3, dual=0.05, sigma=0.2, drift=0.02),
+]
 
 
 @pytest.mark.parametrize("clip", EDGE_CLIPS, ids=repr)
@@ -641,9 +658,9 @@ BAD_ESTIMATORS = {
     "window missing": ({"level": "lookahead", "clip": RatioClip()}, r"window must be .* at least 0 .*; got None"),
     "window unused": ({"window": 4, "clip": RatioClip()}, r"window must be None at level 'token'; got 4"),
     "form": ({"form": "pop"}, r"form must be one of ppo, cispo, unclipped, reinforce; got 'pop'"),
-    "clip type": ({"clip": 0.2}, r"clip must be a RatioClip, a PositionClip or None; got 0.2"),
-    "ppo without clip": ({}, r"clip must be a RatioClip or PositionClip for the form 'ppo'; got None"),
-    "cispo without clip": ({"form": "cispo"}, r"clip must be a RatioClip or .* 'cispo'; got None"),
+    "clip type": ({"clip": 0.2}, r"clip must be a RatioClip, a PositionClip, a CalibratedClip or None; got 0.2"),
+    "ppo without clip": ({}, r"clip must be a RatioClip, PositionClip or CalibratedClip for the form 'ppo'; got None"),
+    "cispo without clip": ({"form": "cispo"}, r"clip must be a RatioClip, .* 'cispo'; got None"),
     "unclipped with clip": (
         {"form": "unclipped", "clip": RatioClip()},
         r"clip must be None for the form 'unclipped'; got RatioClip",
