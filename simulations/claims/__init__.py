@@ -22,6 +22,7 @@ CLAIMS: dict[str, Claim] = {
         product_formula,
         gradient_bias,
         outcome_reward,
+        summed_gradient,
         group_advantages,
         effective_sample_size,
         stop_gradient,
