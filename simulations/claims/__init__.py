@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simulations.claims import (
+    clipping_bias,
     effective_sample_size,
     gradient_bias,
     group_advantages,
@@ -24,6 +25,7 @@ CLAIMS: dict[str, Claim] = {
         outcome_reward,
         summed_gradient,
         group_advantages,
+        clipping_bias,
         effective_sample_size,
         stop_gradient,
         real_model,

@@ -156,8 +156,11 @@ def compare_baseline(context: Context, name: str, baseline: Baseline) -> tuple[E
 def bandit(behavior: Fraction, target: Fraction, rewards: tuple[Any, Any] = (0, 1)) -> World:
     """One binary token with probability `behavior` and `target` of a 1."""
     mdp = tree(2, 1, name="bandit", outcome=lambda s: rewards[s[0]])
-    policies = [policy_table(mdp, lambda _prefix, p=p: [1 - p, p]) for p in (behavior, target)]
-    return World(mdp, *policies)
+
+    def policy(one: Fraction) -> np.ndarray:
+        return policy_table(mdp, lambda _prefix: [1 - one, one])
+
+    return World(mdp, policy(behavior), policy(target))
 
 
 def sign_world() -> World:
@@ -486,7 +489,7 @@ def constant_length(paths: Trajectories) -> np.ndarray:
 Length = Callable[[Trajectories], np.ndarray]
 
 
-def per_length(paths: Trajectories, length: np.ndarray, constant: Fraction) -> World:
+def per_length(paths: Trajectories, length: np.ndarray, constant: Fraction | np.ndarray) -> World:
     """The on-policy world whose only reward is (R - constant) / length, given at the end of the response."""
     world = paths.world
     outcome = zeros(world.mdp.n_states, True)
