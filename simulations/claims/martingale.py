@@ -377,6 +377,13 @@ def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
 # --- 1.log ----------------------------------------------------------------------------------------------------------
 
 
+def log2_ratios(paths: Trajectories) -> np.ndarray:
+    """(N, H) log2 of the token ratios of a world in which they are powers of two, as Fractions."""
+    logs = np.empty(paths.ratio.shape, dtype=object)
+    logs.ravel()[:] = [Fraction(exact_log2(Fraction(r))) for r in paths.ratio.ravel()]
+    return logs
+
+
 def variance_of_sum(paths: Trajectories, logs: np.ndarray) -> list[Fraction]:
     """Var(l_1 + ... + l_t) for every t."""
     return list(variance(paths, logs.cumsum(axis=1)))
@@ -392,9 +399,7 @@ def check_log(_context: Context, spread: Callable[[Trajectories, np.ndarray], li
     same = (HALF, HALF)
     world = two_step((Fraction(4, 5), Fraction(1, 5)), {0: (Fraction(2, 3), Fraction(1, 3)), 1: same})
     paths = enumerate_trajectories(world)
-    logs = np.empty(paths.ratio.shape, dtype=object)
-    logs.ravel()[:] = [Fraction(exact_log2(r)) for r in paths.ratio.ravel()]
-    found = spread(paths, logs)
+    found = spread(paths, log2_ratios(paths))
     yield Evidence(
         "b = (1/5, 4/5), pi = (4/5, 1/5), then (1/3, 2/3) against (2/3, 1/3) after token 0: Var(log2 rho_t), t = 1, 2",
         "enumeration",
