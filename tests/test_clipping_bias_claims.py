@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 import ctpo
-from ctpo import PositionClip, RatioClip
+from ctpo import CalibratedClip, PositionClip, RatioClip
 from simulations.claims.clipping_bias import (
     TABLE,
     TRIED,
@@ -34,6 +34,8 @@ CLIPS = (*TRIED, RatioClip(0.2, 0.28), RatioClip(1.0, 0.2), PositionClip(drift=0
 def log_bounds(clip, t):
     if isinstance(clip, RatioClip):
         return oracle.ratio_bounds(t, clip.low, clip.high, clip.dual)
+    if isinstance(clip, CalibratedClip):
+        return oracle.calibrated_bounds(t, clip.low, clip.high, clip.sigma, clip.drift, clip.power, clip.dual)
     return oracle.position_bounds(t, clip.low, clip.high, clip.power, clip.dual, clip.drift)
 
 

@@ -9,9 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 import ctpo
-from ctpo import PositionClip, RatioClip
+from ctpo import CalibratedClip, PositionClip, RatioClip
+from ctpo.clipping import Clip
 from ctpo.ratios import Level
 from simulations.claims.gradient_bias import SHARINGS
 from simulations.claims.group_advantages import bandit
@@ -28,8 +30,6 @@ from simulations.exact import (
 )
 from simulations.mdp import World, independent_tokens
 
-Clip = RatioClip | PositionClip
-
 POLICIES: tuple[Who, Who] = ("behavior", "target")
 #: The window of the examples.
 USUAL = RatioClip(0.2, 0.2)
@@ -43,11 +43,15 @@ def window(clip: Clip, t: int) -> tuple[Any, Any, Any]:
     Not by `clip.bounds`. A `RatioClip` has rational bounds, its decimals read as they are written.
     """
     if isinstance(clip, RatioClip):
-        low, high = 1 - Fraction(str(clip.low)), 1 + Fraction(str(clip.high))
-        return low, high, math.inf if clip.dual is None else Fraction(str(clip.dual))
-    center = -clip.drift * t
-    dual = math.inf if clip.dual is None else math.exp(center + clip.dual * t**clip.power)
-    return math.exp(center - clip.low * t**clip.power), math.exp(center + clip.high * t**clip.power), dual
+        cap = math.inf if clip.dual is None else Fraction(str(clip.dual))
+        return 1 - Fraction(str(clip.low)), 1 + Fraction(str(clip.high)), cap
+    center, width = -clip.drift * t, t**clip.power
+    low, high, dual = clip.low, clip.high, clip.dual
+    if isinstance(clip, CalibratedClip):
+        low, high = clip.sigma * norm.isf(low), clip.sigma * norm.isf(high)
+        dual = None if dual is None else clip.sigma * norm.isf(dual)
+    cap = math.inf if dual is None else math.exp(center + dual * width)
+    return math.exp(center - low * width), math.exp(center + high * width), cap
 
 
 def windows(paths: Trajectories, clip: Clip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,6 +147,7 @@ TRIED: tuple[Clip, ...] = (
     PositionClip(0.3, 0.4, dual=None),
     PositionClip(0.3, 0.4, dual=0.4),
     PositionClip(0.3, 0.4, power=-0.5, dual=0.6, drift=0.1),
+    CalibratedClip(low=0.2, high=0.1, sigma=0.5, drift=0.1, dual=0.15),
 )
 
 #: The windows of the named estimators and their variants.
@@ -157,6 +162,8 @@ TABLE: dict[str, Clip] = {
     "t^.5 drift .005 dual .05": PositionClip(drift=0.005),
     "t^.5 3x as wide": PositionClip(0.075, 0.15, dual=None),
     "t^.5 3x as wide dual .15": PositionClip(0.075, 0.15, dual=0.15),
+    "calibrated to 10% and 10%": CalibratedClip(low=0.1, high=0.1, sigma=0.1, drift=0.005),
+    "calibrated, dual 10%": CalibratedClip(low=0.1, high=0.1, sigma=0.1, drift=0.005, dual=0.1),
 }
 
 
