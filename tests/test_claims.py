@@ -73,6 +73,12 @@ EXPECTED = {
     "9.outcome": "false",
     "9.action_value": "true if",
     "9.mean_form": "false",
+    "10.printed": "false",
+    "10.weight": "true",
+    "10.dual": "false",
+    "10.limits": "false",
+    "10.aggregation": "false",
+    "10.reported_rate": "false",
     "R.mean": "true if",
     "R.truncation": "false",
 }

@@ -11,6 +11,7 @@ from simulations.claims import (
     outcome_reward,
     product_formula,
     real_model,
+    released_loss,
     stop_gradient,
     summed_gradient,
 )
@@ -28,6 +29,7 @@ CLAIMS: dict[str, Claim] = {
         clipping_bias,
         effective_sample_size,
         stop_gradient,
+        released_loss,
         real_model,
     )
     for claim in module.CLAIMS
