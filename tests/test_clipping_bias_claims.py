@@ -25,7 +25,7 @@ from simulations.claims.clipping_bias import (
     windows,
 )
 from simulations.exact import enumerate_trajectories, estimator_moments, policy_gradient, rational_weights
-from simulations.mdp import random_tree
+from simulations.mdp import independent_tokens, random_tree
 
 F = Fraction
 CLIPS = (*TRIED, RatioClip(0.2, 0.28), RatioClip(1.0, 0.2), PositionClip(drift=0.005), PositionClip(power=-0.5))
@@ -145,13 +145,9 @@ def test_flipped_world_by_hand():
     assert policy_gradient(flipped_world()).tolist() == [-true, true]
 
 
-def test_share_is_of_tokens_that_have_an_advantage(tool_world):
-    integrand = Integrand.of(tool_world)
-    written = clipped = F(0)
-    chances = integrand.paths.behavior_probability
-    for n, chance in enumerate(chances):
-        for h in range(tool_world.mdp.horizon):
-            if integrand.paths.mask[n, h] and integrand.advantages[n, h] != 0:
-                written += chance
-                clipped += chance * int(integrand.dropped(TRIED[1])[n, h])
-    assert integrand.share(TRIED[1], "behavior") == clipped / written
+def test_share_is_of_tokens_that_have_an_advantage():
+    # Only the first token earns; its ratio is 3/2 or 1/2. The second has A = 0 and is neither clipped nor counted.
+    world = independent_tokens([F(1, 2), F(1, 2)], [F(1, 4), F(3, 4)], 2, outcome=lambda s: s[0])
+    integrand = Integrand.of(world)
+    high_only = RatioClip(1.0, 0.2)
+    assert [integrand.share(high_only, who) for who in ("behavior", "target")] == [F(1, 2), F(3, 4)]
