@@ -127,17 +127,22 @@ def values(world: World, who: Who = "target") -> Values:
 
 
 def _next_state_expectation(world: World) -> Callable[[np.ndarray], np.ndarray]:
-    """A function (S,) -> (S, A): the expectation over the next state."""
+    """A function (S, ...) -> (S, A, ...): the expectation over the next state."""
     state, action, nxt, probability = world.mdp.edges
     shape = (world.mdp.n_states, world.mdp.n_actions)
     if not world.exact:
         rows = state * shape[1] + action
         matrix = _compact(scipy.sparse.csr_array((probability, (rows, nxt)), shape=(shape[0] * shape[1], shape[0])))
-        return lambda vector: (matrix @ vector).reshape(shape)
 
-    def expect(vector: np.ndarray) -> np.ndarray:
-        result = zeros(shape, True)
-        np.add.at(result, (state, action), probability * vector[nxt])
+        def fast(values: np.ndarray) -> np.ndarray:
+            found = np.asarray(matrix @ values.reshape(len(values), -1))
+            return found.reshape(shape + values.shape[1:])
+
+        return fast
+
+    def expect(values: np.ndarray) -> np.ndarray:
+        result = zeros(shape + values.shape[1:], True)
+        np.add.at(result, (state, action), probability.reshape(-1, *[1] * (values.ndim - 1)) * values[nxt])
         return result
 
     return expect
@@ -476,6 +481,7 @@ class _Recursion:
     ) -> None:
         self.world, self.mdp, self.exact = world, world.mdp, world.exact
         self.phases = _phases(level, window, world.mdp.horizon)
+        self.emitted = sorted({j for _, j, _ in self.phases.emit})  # phases that begin with an emission
         self.table = advantage_table(world, advantage)
         self.local = world.local_scores
         self.coefficient = _power_coefficients(world)
@@ -512,29 +518,34 @@ class _Recursion:
         before = _forward_pass(world, self.move, self.rest, phases.n_before, phases.carry)
         pairs = _forward_pass(world, self.move, self.rest, phases.n_before**2, phases.pair_carry)
         written, first, second = (zeros(horizon, self.exact) for _ in range(3))
-        n_after = len(phases.after)
         tail = [self.end_value for _ in phases.after]
-        both = {(j, k): self.end_value for j in range(n_after) for k in range(n_after)}
+        both = self.both_at_end()
         for h in range(horizon - 1, -1, -1):
             written[h] = occupied[h][0][self.mdp.policy_states].sum()
             later = [self.expect(value) for value in tail]
-            both_later = {key: self.expect(value) for key, value in both.items()}
+            both_later = self.expect(both[:, :, self.emitted])
             for i, j, p in phases.emit:
                 first[h] += (before[h][i][:, None] * self.coefficient[p] * later[j]).sum()
                 for i2, j2, p2 in phases.emit:
                     joint = pairs[h][i * phases.n_before + i2][:, None] * self.coefficient[p + p2]
-                    second[h] += (joint * both_later[j, j2]).sum()
+                    second[h] += (joint * both_later[:, :, j, self.emitted.index(j2)]).sum()
             tail = [self.moved(q, tail[n], tail[j]) for j, (n, q) in enumerate(phases.after)]
             both = self.both_moved(both)
         return WeightMoments(written, first, second)
 
-    def both_moved(self, both: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
-        """One step back in time of a value that depends on the later phases of two copies."""
-        after = self.phases.after
-        return {
-            (j, k): self.moved(after[j][1] + after[k][1], both[after[j][0], after[k][0]], value)
-            for (j, k), value in both.items()
-        }
+    def both_at_end(self) -> np.ndarray:
+        """(S, J, J) value of stopping in a state, for each pair of later phases of two copies."""
+        n = len(self.phases.after)
+        return np.tile((self.end_value * self.end_value)[:, None, None], (1, n, n))
+
+    def both_moved(self, both: np.ndarray) -> np.ndarray:
+        """One step back in time of (S, J, J) values by pairs of later phases."""
+        following, power = np.array(self.phases.after).T
+        moved, result = both[:, following[:, None], following], np.empty_like(both)
+        powers = power[:, None] + power
+        for p in np.unique(powers):
+            result[:, powers == p] = _apply(self.move[p], moved[:, powers == p])
+        return result if self.rest is None else result + _apply(self.rest, both)
 
     def second_moment(self, covariance: bool) -> tuple[Any, np.ndarray | None]:
         """Trace of E[Y Y^T] and, if asked for, all of it, (D, D)."""
@@ -546,19 +557,19 @@ class _Recursion:
         expect_block = _next_block_expectation(world, d)
         edge_state, edge_action, edge_next, edge_probability = self.mdp.edges
         states = np.arange(n_states)
-        both_after = {(j, k): self.end_value * self.end_value for j in range(n_after) for k in range(n_after)}
+        both_after = self.both_at_end()
         # Copy one has emitted and is in phase j, copy two is in phase i and its terms are still to come.
         pending = {(j, i): zeros((n_states, n_blocks, d), exact) for j in range(n_after) for i in range(n_before)}
         trace: Any = Fraction(0) if exact else 0.0
         full = zeros((n_blocks, d, n_blocks, d), exact) if covariance else None
         for h in range(self.mdp.horizon - 1, -1, -1):
             advantage, block = self.table[h], world.block(h)
-            both_next = {key: self.expect(value) for key, value in both_after.items()}
+            both_next = self.expect(both_after[:, :, self.emitted])
             for i, j, p in phases.emit:
                 # Copy one emits here. Copy two does too, or moves on and emits later (twice, by symmetry).
                 for i2, j2, p2 in phases.emit:
                     joint = before[h][i * n_before + i2][:, None] * self.coefficient[p + p2]
-                    weight = joint * advantage**2 * both_next[j, j2]
+                    weight = joint * advantage**2 * both_next[:, :, j, self.emitted.index(j2)]
                     trace = trace + (weight * norms).sum()
                     if full is not None:
                         outer = ((weight[:, :, None] * local)[:, :, :, None] * local[:, :, None, :]).sum(axis=1)
@@ -584,7 +595,8 @@ class _Recursion:
                     total = sum(moves[1:], moves[0]) if moves else zeros((n_states, n_blocks, d), exact)
                     for i2, j2, p in phases.emit:
                         if i2 == i:
-                            weight = self.coefficient[q + p] * advantage * both_next[j_next, j2]
+                            later_pair = both_next[:, :, j_next, self.emitted.index(j2)]
+                            weight = self.coefficient[q + p] * advantage * later_pair
                             total[states, block] += _weighted_scores(weight, local)
                     previous[j, i] = total
             pending = previous
@@ -749,6 +761,11 @@ class Trajectories:
         mdp = self.world.mdp
         dense = np.where(self.live, mdp.reward[self.states, self.actions], 0).sum(axis=1)
         return dense + mdp.outcome[self.final_state]
+
+    @cached_property
+    def policy_gradient(self) -> np.ndarray:
+        """(D,) true policy gradient of the world."""
+        return policy_gradient(self.world)
 
     def log_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """Float log pi and log b per token, (N, H), as a trainer would record them; 0 where masked."""
@@ -977,7 +994,7 @@ def estimator_moments(
     weights = WeightMoments(written, paths.expectation(result.weight), paths.expectation(result.weight**2))
     return EstimatorMoments(
         mean=moments.mean,
-        bias=moments.mean - policy_gradient(world),
+        bias=moments.mean - paths.policy_gradient,
         total_variance=float(moments.total_variance),
         clip_rate=float(paths.expectation(clipped.astype(float)) / written.sum()),
         ess=float(weights.ess),

@@ -171,7 +171,8 @@ def measure(
         found = task.enumerated(everything)
     else:
         products = {key: level for key, e in everything.items() if (level := task.product_level(e)) is not None}
-        found = {key: task.by_recursion(*level) for key, level in products.items()}
+        recursions = {level: task.by_recursion(*level) for level in set(products.values())}
+        found = {key: recursions[level] for key, level in products.items()}
         left = {key: e for key, e in everything.items() if key not in products}
         if set(left) - {""}:
             found |= task.sampled(left, samples, seed, jobs)
