@@ -185,7 +185,7 @@ def check_clip_identity(context: Context, who: Who) -> Iterator[Evidence]:
     comparisons = good = biased = 0
     gap = 0.0
     levels: tuple[Level, Level] = ("cumulative", "sequence")
-    for k, world in enumerate(random_trees(context, "clip identity", 30, parameters=SHARINGS)):
+    for k, world in enumerate(random_trees(context, "clip identity", 20, parameters=SHARINGS)):
         integrand = Integrand.of(world, levels[k % 2])
         for clip in TRIED:
             mean, predicted = integrand.mean(clip), integrand.predicted(clip, who)

@@ -120,7 +120,7 @@ def compare_baseline(context: Context, name: str, baseline: Baseline) -> tuple[E
     """E over groups against the said scale times the raw-reward expectation: exact, and with the library's floats."""
     worlds = comparisons = good = 0
     gap = 0.0
-    for world in random_trees(context, name, 40, parameters=SHARINGS):
+    for world in random_trees(context, name, 24, parameters=SHARINGS):
         worlds += 1
         for levels, situation in ((FREE, world), (("none",), on_policy(world))):
             paths = enumerate_trajectories(situation)
@@ -196,7 +196,7 @@ def check_leave_one_out(context: Context, baseline: Baseline) -> Iterator[Eviden
     """Without itself in the mean the expectation is that of the raw reward, the outcome-reward bias included."""
     yield from compare_baseline(context, "leave one out", baseline)
     count = good = biased = 0
-    for world in random_trees(context, "outcome bias", 40, parameters=SHARINGS):
+    for world in random_trees(context, "outcome bias", 20, parameters=SHARINGS):
         count += 1
         paths = enumerate_trajectories(world)
         shares = group_shares(paths.behavior_probability, paths.returns, 2, baseline.exact)
@@ -236,7 +236,7 @@ def check_leave_one_out(context: Context, baseline: Baseline) -> Iterator[Eviden
 def check_baseline_off_policy(context: Context, level: str) -> Iterator[Evidence]:
     """With weight 1 off-policy a baseline subtracts E_b[R] E_b[sum g_t], which is not 0."""
     comparisons = good = moved = 0
-    for world in random_trees(context, "off-policy baseline", 40, parameters=SHARINGS):
+    for world in random_trees(context, "off-policy baseline", 24, parameters=SHARINGS):
         paths = enumerate_trajectories(world)
         terms, rewards = weighted_scores(paths, level), paths.returns
         raw = with_returns(terms, paths)
@@ -330,7 +330,7 @@ def check_std_binary(context: Context, scale: Callable[[int, float, int], float]
     rng = context.rng("std binary")
     comparisons = exact = 0
     worst = 0.0
-    for world in random_trees(context, "std binary", 24, parameters=SHARINGS):
+    for world in random_trees(context, "std binary", 20, parameters=SHARINGS):
         for levels, situation in ((FREE, binary(world, rng)), (("none",), on_policy(binary(world, rng)))):
             paths = enumerate_trajectories(situation)
             probability, rewards = paths.behavior_probability, paths.returns
