@@ -79,6 +79,11 @@ EXPECTED = {
     "10.limits": "false",
     "10.aggregation": "false",
     "10.reported_rate": "false",
+    "11.prefix": "true if",
+    "11.none": "false",
+    "11.sequence_cap": "false",
+    "11.masked": "false",
+    "11.levels": "true if",
     "R.mean": "true if",
     "R.truncation": "false",
 }

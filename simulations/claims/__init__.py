@@ -12,6 +12,7 @@ from simulations.claims import (
     product_formula,
     real_model,
     released_loss,
+    rollout_correction,
     stop_gradient,
     summed_gradient,
 )
@@ -30,6 +31,7 @@ CLAIMS: dict[str, Claim] = {
         effective_sample_size,
         stop_gradient,
         released_loss,
+        rollout_correction,
         real_model,
     )
     for claim in module.CLAIMS
