@@ -8,6 +8,7 @@ from simulations.claims import (
     gradient_bias,
     group_advantages,
     martingale,
+    noise_floor,
     outcome_reward,
     product_formula,
     real_model,
@@ -15,6 +16,7 @@ from simulations.claims import (
     rollout_correction,
     stop_gradient,
     summed_gradient,
+    trained_on,
 )
 from simulations.claims.registry import Claim, Context, Evidence, Outcome, verify
 
@@ -32,6 +34,8 @@ CLAIMS: dict[str, Claim] = {
         stop_gradient,
         released_loss,
         rollout_correction,
+        noise_floor,
+        trained_on,
         real_model,
     )
     for claim in module.CLAIMS
