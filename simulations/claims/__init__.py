@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from simulations.claims import (
+    clip_rates,
     clipping_bias,
+    drift,
     effective_sample_size,
     gradient_bias,
     group_advantages,
@@ -30,6 +32,8 @@ CLAIMS: dict[str, Claim] = {
         summed_gradient,
         group_advantages,
         clipping_bias,
+        drift,
+        clip_rates,
         effective_sample_size,
         stop_gradient,
         released_loss,
