@@ -49,6 +49,7 @@ EXPECTED = {
     "5.orthogonal": "true if",
     "5.direction": "false",
     "5.ordered": "false",
+    "5.search": "false",
     "5.zero_variance": "true if",
     "5.slope": "true if",
     "5.frequency": "true if",

@@ -19,6 +19,7 @@ from simulations.claims.gradient_bias import UNLIMITED, sum_counterexample
 from simulations.claims.martingale import cumulative, variance
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, random_trees
+from simulations.counterexamples import STATEMENTS, Statement, describe, in_words, search
 from simulations.exact import (
     Trajectories,
     enumerate_trajectories,
@@ -536,6 +537,33 @@ def check_frequency(context: Context, parameters: Parameters) -> Iterator[Eviden
     )
 
 
+# --- 5.search -------------------------------------------------------------------------------------------------------
+
+
+def check_search(context: Context, statement: Statement) -> Iterator[Evidence]:
+    """A search over small worlds breaks the order with one shared logit, and none of the orders that are theorems."""
+    result = search(statement, seed=context.seed, examples=15)
+    words = ""
+    if result.example is not None:
+        words = "{world}: {found}".format(**in_words(describe(statement, result.example)))
+    yield Evidence(
+        f"small rational worlds proposed and shrunk by Hypothesis, statement: {statement.text}",
+        "enumeration",
+        f"broken after {result.tried} worlds: {words}" if words else f"not broken by any of {result.tried} worlds",
+        result.example is not None and statement.confirmed(result.example.world()),
+        {"tried": result.tried, "example": words},
+    )
+    theorems = [STATEMENTS[name] for name in ("trace_order_position", "variance")]
+    tried = [search(theorem, seed=context.seed, examples=15) for theorem in theorems]
+    yield Evidence(
+        "the same search on statements that are theorems: " + " ".join(theorem.text for theorem in theorems),
+        "enumeration",
+        "theorems not broken by any of " + ", ".join(str(found.tried) for found in tried) + " worlds",
+        all(found.example is None for found in tried),
+        {"tried": [found.tried for found in tried]},
+    )
+
+
 CLAIMS = (
     Claim(
         "5.identity",
@@ -588,6 +616,18 @@ CLAIMS = (
         "one logit per position",
         "Where positions share parameters, as in a language model, lower variance of the whole gradient is not "
         "guaranteed by lower variance of its terms: measure it.",
+    ),
+    Claim(
+        "5.search",
+        "The variance of the summed gradient is ordered in all small worlds with one shared logit.",
+        "false",
+        "a search finds two tokens and one rewarded string that reverse it, with b and pi in the same family",
+        "our own",
+        check_search,
+        STATEMENTS["summed_order"],
+        STATEMENTS["trace_order_position"],
+        "the order of the total variance with one logit per position, which is a theorem",
+        "No contrived sampler is needed to reverse the order: two coin flips with slightly different odds can do.",
     ),
     Claim(
         "5.zero_variance",
