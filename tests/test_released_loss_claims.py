@@ -15,9 +15,10 @@ import ctpo
 from simulations.claims import released_loss as claim
 from simulations.claims.released_loss import CONFIGURATIONS, PRINTED, RELEASED, batch_moments
 from simulations.exact import enumerate_trajectories, policy_gradient
-from simulations.mdp import as_numbers, random_tree, tree
+from simulations.mdp import World, as_numbers, policy_table, random_tree, tree
 
 F = Fraction
+PLAIN = CONFIGURATIONS["rho_t alone"]
 
 
 # --- the loss itself ---
@@ -208,8 +209,8 @@ def test_rows_of_the_table():
 def test_a_change_of_step_size_is_no_bias():
     """On strings of one length the three aggregations differ by a factor only."""
     world = random_tree(np.random.default_rng(5), horizon=3, exact=False)
-    plain = CONFIGURATIONS["rho_t alone"]
-    three = {n: replace(plain, aggregation=n) for n in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")}
+
+    three = {n: replace(PLAIN, aggregation=n) for n in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")}
     rows = claim.released_rows(world, configurations=three)
     assert all(row["bias"] < 1e-12 for row in rows)
     assert len({round(row["noise"], 12) for row in rows}) == 1
@@ -339,3 +340,38 @@ def test_outcome_of_the_mishap_world():
     outcome = dict(zip(world.mdp.labels, world.mdp.outcome, strict=True))
     assert (outcome["(0,)"], outcome["(1, 0)"], outcome["(1, 1, 1)"], outcome["(1, 2, 1)"]) == (0, 1, 3, 0)
     assert world.mdp.n_states == tree(3, 3, eos=0).n_states
+
+
+def test_shares_in_the_table_by_plain_loops():
+    world = claim.mishap_world()
+    paths = enumerate_trajectories(world)
+    advantages = paths.advantage("A_target")
+    rows = {row["configuration"]: row for row in claim.released_rows(world)}
+    for name, dual in (("printed formula", False), ("released code", True)):
+        tokens = shown = counted = silent = 0.0
+        for n, h in zip(*np.nonzero(paths.mask), strict=True):
+            chance, a = paths.behavior_probability[n], advantages[n, h]
+            log_rho = math.fsum(math.log(paths.ratio[n, k]) for k in range(h + 1))
+            above, below = log_rho > 0.05 * math.sqrt(h + 1), log_rho < -0.025 * math.sqrt(h + 1)
+            clipped = (a > 0 and above) or (a < 0 and below)
+            tokens += chance
+            shown += chance * clipped
+            counted += chance * (a != 0)
+            silent += chance * (clipped or (dual and a < 0 and above))
+        assert rows[name]["pg_clipfrac"] == pytest.approx(shown / tokens, rel=1e-9)
+        assert rows[name]["silenced"] == pytest.approx(silent / counted, rel=1e-9)
+    # Some tokens have no advantage, and some are clipped on either side, or the shares could be told wrongly.
+    zero = paths.mask & (advantages == 0)
+    assert np.any(zero)
+
+
+def test_silenced_counts_tokens_with_an_advantage_only():
+    """Two tokens of three with A = 0 after a first one that is clipped: silenced is 1, pg_clipfrac 1/3."""
+    mdp = tree(2, 3, name="decided at once", outcome=lambda string: string[0])
+    b = policy_table(mdp, lambda prefix: [F(1, 2), F(1, 2)])
+    pi = policy_table(mdp, lambda prefix: [F(1, 2), F(1, 2)] if prefix else [F(1, 4), F(3, 4)])
+    found = claim.released_rows(World(mdp, b, pi), configurations={"released code": RELEASED, "alone": PLAIN})
+    assert (found[0]["silenced"], found[0]["pg_clipfrac"]) == pytest.approx((1.0, 1 / 3))
+    assert math.isnan(found[0]["cosine"])
+    assert (found[0]["bias"], found[0]["noise"]) == (1.0, 0.0)
+    assert (found[1]["silenced"], found[1]["pg_clipfrac"]) == (0.0, 0.0)

@@ -220,9 +220,9 @@ def released_rows(
 
     Returns:
         One row per configuration: "mean" is the mean gradient (D,), "bias" the norm of its bias over that of grad J,
-        "cosine" its cosine with grad J, "noise" the root of the total variance of a batch's gradient over the norm of
-        grad J, "silenced" the share of policy tokens with an advantage that get no gradient, and "pg_clipfrac" what
-        the released metric of that name shows.
+        "cosine" its cosine with grad J (NaN if it is 0), "noise" the root of the total variance of a batch's
+        gradient over the norm of grad J, "silenced" the share of policy tokens with an advantage that get no gradient,
+        and "pg_clipfrac" what the released metric of that name shows.
     """
     world = world.as_float() if world.exact else world
     paths = enumerate_trajectories(world)
@@ -239,6 +239,7 @@ def released_rows(
         found = batch_moments(probability, lengths, summed, configuration.aggregation, batch)
         scale = 1.0 if configuration.aggregation == "seq-mean-token-sum" else mean_length
         mean = scale * found.mean
+        length = float(np.linalg.norm(mean))
         counted = configuration.estimator.coefficients(*paths.log_probabilities(), advantages, paths.mask)
         silent = paths.mask & (counted.weight == 0) & (advantages != 0)
         rows.append(
@@ -247,8 +248,8 @@ def released_rows(
                 "configuration": name,
                 "mean": mean,
                 "bias": float(np.linalg.norm(mean - gradient)) / size,
-                "cosine": float(mean @ gradient) / float(np.linalg.norm(mean)) / size,
-                "noise": scale * math.sqrt(found.total_variance) / size,
+                "cosine": float(mean @ gradient) / length / size if length > 0 else math.nan,
+                "noise": scale * math.sqrt(max(found.total_variance, 0.0)) / size,
                 "silenced": token_share(paths, silent, paths.mask & (advantages != 0)),
                 "pg_clipfrac": token_share(paths, counted.clipped_low | counted.clipped_high, paths.mask),
             }
