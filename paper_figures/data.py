@@ -1,4 +1,4 @@
-"""Reads results/verification.json: what each figure needs, checked, or a message that names what is not there.
+"""Reads results/verification.json and studies: what each figure needs, checked, or a message what is not there.
 
 Two things can be wrong with a part of the file. It may be missing, as after `verify --only`: `MissingError`, and only
 the figures that need it are left out. Or it is there and is not what it should be: `ValueError`, an error.
@@ -93,22 +93,60 @@ class Ratio:
         return max(self.relative_bias) < ROUNDING
 
 
-def load(folder: Path) -> Results:
-    """Read the result file of a folder.
+@dataclass(frozen=True)
+class Cell:
+    """Where one estimator has the least median error over some models.
+
+    `margin` is the error of the best other estimator over its own, `error` its own, over that of no step at all;
+    `divergence` is KL(b||pi) per token, nats.
+    """
+
+    reward: str
+    horizon: int
+    divergence: float
+    batch: int
+    winner: str
+    margin: float
+    error: float
+
+
+@dataclass(frozen=True)
+class PhaseDiagram:
+    """Winners by horizon, of products of token ratios, and of all estimators at one short horizon.
+
+    Attributes:
+        estimators: The products, from none of the token ratios to all.
+        rewards: Name of each kind of reward -> its title.
+        tie: Margins below this factor are none.
+        models: Models in a cell.
+        diagram: Cells of the products.
+        named: Cells of all estimators.
+    """
+
+    estimators: list[str]
+    rewards: dict[str, str]
+    tie: float
+    models: int
+    diagram: list[Cell]
+    named: list[Cell]
+
+
+def load(folder: Path, file: str = FILE, command: str = VERIFY) -> Results:
+    """Read a result file of a folder, which the command has written.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is not a JSON object.
     """
-    path = folder / FILE
+    path = folder / file
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it is written by `{VERIFY}`")
+        raise FileNotFoundError(f"{path}: no such file; it is written by `{command}`")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); `{VERIFY}` writes it anew") from error
+        raise ValueError(f"{path}: not JSON ({error}); `{command}` writes it anew") from error
     if not isinstance(results, Mapping):
-        raise ValueError(f"{path}: holds a {type(results).__name__}, not an object; `{VERIFY}` writes it anew")
+        raise ValueError(f"{path}: holds a {type(results).__name__}, not an object; `{command}` writes it anew")
     return results
 
 
@@ -165,14 +203,49 @@ def table_one(results: Results) -> list[Ratio]:
     return sorted(ratios.values(), key=lambda ratio: not ratio.unbiased)
 
 
-def source(results: Results) -> str:
+def phase(results: Results) -> PhaseDiagram:
+    """The phase diagram of the study of that name."""
+    rewards, estimators = results.get("rewards"), results.get("estimators")
+    tie: Any = results.get("tie")
+    if not isinstance(rewards, Mapping) or not rewards or not all(isinstance(t, str) for t in rewards.values()):
+        raise ValueError("rewards is not an object of titles")
+    if not isinstance(estimators, list) or not estimators or not all(isinstance(name, str) for name in estimators):
+        raise ValueError("estimators is not a list of names")
+    if not _is_number(tie) or not tie >= 1:
+        raise ValueError(f"tie is {tie!r}, not a factor")
+    diagram, named = (_cells(results.get(part), part) for part in ("diagram", "named"))
+    for part, cells in (("diagram", diagram), ("named", named)):
+        if {cell.reward for cell in cells} - set(rewards):
+            raise ValueError(f"{part}: holds a kind of reward without a title")
+    return PhaseDiagram(estimators, dict(rewards), tie, results["diagram"][0]["models"], diagram, named)
+
+
+def _cells(entries: Any, part: str) -> list[Cell]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{part} is not a list of cells")
+    cells = []
+    for k, entry in enumerate(entries):
+        where = f"{part}[{k}]"
+        winner, reward = _text(entry, "winner", where), _text(entry, "reward", where)
+        errors = entry.get("error")
+        numbers = {key: entry.get(key) for key in ("horizon", "divergence", "batch", "margin", "models")}
+        numbers["error"] = errors.get(winner) if isinstance(errors, Mapping) else None
+        for key, value in numbers.items():
+            if not _is_number(value) or not value > 0:
+                raise ValueError(f"{where}.{key} is {value!r}, not a number above 0")
+        del numbers["models"]
+        cells.append(Cell(reward=reward, winner=winner, **numbers))
+    return cells
+
+
+def source(results: Results, file: str = FILE) -> str:
     """Where the numbers come from, for the foot of a figure."""
     made = results.get("provenance")
     made = made if isinstance(made, Mapping) else {}
     settings = made.get("configuration")
     settings = settings if isinstance(settings, Mapping) else {}
     commit = made.get("commit")
-    text = f"{FILE}, " + (f"commit {commit[:9]}" if isinstance(commit, str) else "commit unknown")
+    text = f"{file}, " + (f"commit {commit[:9]}" if isinstance(commit, str) else "commit unknown")
     if made.get("dirty"):
         text += " with local changes"
     text += f", seed {settings.get('seed', 'unknown')}"
