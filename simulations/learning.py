@@ -422,7 +422,7 @@ def estimated_gradient(
     critic: np.ndarray | None = None,
     scale_by_std: bool = False,
 ) -> Estimated:
-    """The gradient that a method estimates at the policies with these logits; not finite where ratios overflow.
+    """The gradient that a method estimates at the policies with these logits.
 
     Args:
         nodes: The unrolled process.
@@ -437,7 +437,6 @@ def estimated_gradient(
     policy = np.exp(log_policy)
     logp, behavior_logp = log_policy.ravel().take(responses.tokens), responses.behavior_logp
     runs, size, _ = logp.shape
-    finite = np.ones(runs, dtype=bool)
     if critic is None:
         outcome = responses.rewards.sum(axis=-1).reshape(runs, -1, GROUP)
         relative = ctpo.group_relative(outcome, scale_by_std=scale_by_std)
@@ -445,18 +444,13 @@ def estimated_gradient(
     else:
         value = np.vecdot(policy[:, nodes.context], critic)
         q, v = critic.ravel().take(responses.places), value.ravel().take(responses.places // policy.shape[2])
-        with np.errstate(over="ignore", invalid="ignore"):
-            advantages = ctpo.doubly_robust(responses.rewards, logp, behavior_logp, q, v)
-        finite = np.isfinite(advantages).all(axis=(1, 2))
-        advantages = np.where(finite[:, None, None], advantages, 0.0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        coefficients = (centered_coefficients if method.centered else ctpo.Estimator.coefficients)(
-            estimator, logp, behavior_logp, advantages
-        )
-        credit = coefficients.weight * advantages
-        summed = np.bincount(responses.tokens.ravel(), credit.ravel(), minlength=logits.size).reshape(logits.shape)
-        gradient = (summed - policy * summed.sum(axis=-1, keepdims=True)) / size
-    gradient[~finite] = np.nan
+        advantages = ctpo.doubly_robust(responses.rewards, logp, behavior_logp, q, v)
+    coefficients = (centered_coefficients if method.centered else ctpo.Estimator.coefficients)(
+        estimator, logp, behavior_logp, advantages
+    )
+    credit = coefficients.weight * advantages
+    summed = np.bincount(responses.tokens.ravel(), credit.ravel(), minlength=logits.size).reshape(logits.shape)
+    gradient = (summed - policy * summed.sum(axis=-1, keepdims=True)) / size
     return Estimated(gradient, coefficients, advantages, logp - behavior_logp)
 
 
@@ -475,9 +469,11 @@ def centered_coefficients(
         advantages: (N, B, H).
     """
     drift = (behavior_logp - logp).mean(axis=(1, 2), keepdims=True)
-    found = estimator.coefficients(logp, behavior_logp - drift, advantages)
+    with np.errstate(over="ignore"):  # of rho_t exp(d t) beyond the window, where it has no weight
+        found = estimator.coefficients(logp, behavior_logp - drift, advantages)
     back = np.exp(-drift * np.arange(1, logp.shape[2] + 1))
-    return found._replace(weight=found.weight * back, value=found.value * back)
+    weight = np.where(advantages == 0, 0.0, found.weight) * back  # no bound stops the overflow where A = 0
+    return found._replace(weight=weight, value=found.value * back)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -568,7 +564,6 @@ class History:
         clipped: (Q, N) share that a bound gated, of the tokens with an advantage other than 0.
         ess_sequence: (Q, N) effective share of the responses under the full-sequence ratio.
         ess_weight: (Q, N) effective share of those tokens under the weight c_t, counting gated ones as 0.
-        skipped: (N,) updates left out because the estimate was not finite.
         logits: (N, C, V) in the end.
     """
 
@@ -578,7 +573,6 @@ class History:
     clipped: np.ndarray
     ess_sequence: np.ndarray
     ess_weight: np.ndarray
-    skipped: np.ndarray
     logits: np.ndarray
 
 
@@ -607,7 +601,6 @@ def train(
     estimator = method.built(nodes.horizon, width)
     logits = np.broadcast_to(task.start, (runs, *task.start.shape)).copy()
     share, measured, columns = [task.share(logits)], list[int](), list[list[np.ndarray]]()
-    skipped = np.zeros(runs, dtype=int)
     learned = Critic(nodes, runs if method.critic == "learned" else 0)
     critic: np.ndarray | None = None
     sampler, kept = log_softmax(logits), list[Responses]()
@@ -628,30 +621,25 @@ def train(
         found = estimated_gradient(
             nodes, method, estimator, logits, responses, critic=critic, scale_by_std=schedule.scale_by_std
         )
-        finite = np.isfinite(found.gradient).all(axis=(1, 2))
-        skipped += ~finite
-        step = np.where(finite[:, None, None], found.gradient, 0.0)
         if measure_every and update % measure_every == 0:
             measured.append(update)
-            columns.append(measurements(step, nodes.gradient(softmax(logits)), found))
-        logits = logits + rates[:, None, None] * step
+            columns.append(measurements(nodes.gradient(softmax(logits)), found))
+        logits = logits + rates[:, None, None] * found.gradient
         if (update + 1) % (schedule.updates // schedule.checkpoints) == 0:
             share.append(task.share(logits))
     cosines, clipped, *ess = np.array(columns).reshape(len(columns), 4, runs).transpose(1, 0, 2)
-    return History(np.array(share), np.array(measured, dtype=int), cosines, clipped, ess[0], ess[1], skipped, logits)
+    return History(np.array(share), np.array(measured, dtype=int), cosines, clipped, ess[0], ess[1], logits)
 
 
-def measurements(step: np.ndarray, truth: np.ndarray, found: Estimated) -> list[np.ndarray]:
-    """Cosine, share of clipped tokens and the two effective shares, of each run."""
+def measurements(truth: np.ndarray, found: Estimated) -> list[np.ndarray]:
+    """Cosine with the true gradient, share of gated tokens and the two effective shares of `History`, of each run."""
     flags, acting = found.coefficients, found.advantages != 0
     count = np.maximum(acting.sum(axis=(1, 2)), 1)
     clipped = (acting & (flags.clipped_low | flags.clipped_high | flags.clipped_dual)).sum(axis=(1, 2)) / count
     ratios = found.log_ratio.sum(axis=-1)
     ratios = np.exp(ratios - ratios.max(axis=-1, keepdims=True))
-    weights = np.where(acting & np.isfinite(flags.weight), flags.weight, 0.0).reshape(len(step), -1)
-    largest = weights.max(axis=1, keepdims=True)
-    weights /= np.where(largest > 0, largest, 1.0)
-    return [cosine(step, truth), clipped, _kish(ratios) / ratios.shape[1], _kish(weights) / count]
+    weights = np.where(acting, flags.weight, 0.0).reshape(len(truth), -1)
+    return [cosine(found.gradient, truth), clipped, _kish(ratios) / ratios.shape[1], _kish(weights) / count]
 
 
 def cosine(gradient: np.ndarray, truth: np.ndarray) -> np.ndarray:
