@@ -762,8 +762,8 @@ CLAIMS = (
         "10.dual",
         "The released dual clip for negative advantages is a harmless safety net.",
         "false",
-        "its bound equals the upper bound, so tokens with A < 0 are clipped on both sides; where the sign of A does not "
-        "depend on rho it removes as much of pi's mass as the upper bound does; it can turn the sign of a gradient",
+        "its bound equals the upper bound, so tokens with A < 0 are clipped on both sides; where the sign of A does "
+        "not depend on rho it removes as much of pi's mass as the upper bound does; it can turn the sign of a gradient",
         "the released code of arXiv:2605.07331, absent from its formula",
         check_dual,
         ctpo.PositionClip(),

@@ -250,7 +250,7 @@ def _example_evidence(
 def check_target_advantage(context: Context, advantage: AdvantageKind) -> Iterator[Evidence]:
     """With A^pi both forms have expectation grad J, and either can have the smaller variance."""
     cases = good = quieter = louder = 0
-    for world in random_trees(context, "target advantage", 60):
+    for world in random_trees(context, "target advantage", 40):
         for paths in every_sharing(enumerate_trajectories(world)):
             cases += 1
             weighted = cumulative(paths) * paths.advantage(advantage)
@@ -285,7 +285,7 @@ def check_target_advantage(context: Context, advantage: AdvantageKind) -> Iterat
 def check_behavior_advantage(context: Context, forms: Mapping[str, Form]) -> Iterator[Evidence]:
     """With A^b the un-detached product is exact, and the stop-gradient form misses the change of states."""
     cases = exact = predicted = biased = noisier = 0
-    for world in random_trees(context, "behavior advantage", 48):
+    for world in random_trees(context, "behavior advantage", 40):
         for paths in every_sharing(enumerate_trajectories(world)):
             cases += 1
             advantages = paths.advantage("A_behavior")
@@ -418,7 +418,7 @@ def outcome_only(world: World) -> World:
 def check_action_value(context: Context, forms: Mapping[str, Form]) -> Iterator[Evidence]:
     """With Q^pi the stop-gradient form is exact and the un-detached product counts each score once per later token."""
     cases = exact = counted = biased = 0
-    for k, tree_world in enumerate(random_trees(context, "action value", 48)):
+    for k, tree_world in enumerate(random_trees(context, "action value", 40)):
         world = outcome_only(tree_world) if k % 2 else tree_world
         for paths in every_sharing(enumerate_trajectories(world)):
             cases += 1
