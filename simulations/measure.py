@@ -144,6 +144,7 @@ def measure(
     samples: int = 100_000,
     seed: int | np.random.SeedSequence = 0,
     jobs: int = 1,
+    limit: int = MAX_TRAJECTORIES,
 ) -> list[Measurement]:
     """Measure estimators with their own coefficients, the code that a trainer runs.
 
@@ -157,6 +158,7 @@ def measure(
         samples: Trajectories, for the estimators that need Monte Carlo.
         seed: Of the Monte Carlo; all estimators see the same samples.
         jobs: Processes of the Monte Carlo.
+        limit: Largest number of trajectories to enumerate; 0 leaves everything to the other engines.
 
     Raises:
         ValueError: The world's true gradient is 0, or the engines refuse an argument.
@@ -167,7 +169,7 @@ def measure(
         raise ValueError(f"world: the true gradient of {world.name!r} is 0, so no bias is relative to it")
     task = _Task(world, gradient, advantage, outcome)
     everything = {**estimators, "": SEQUENCE}
-    if trajectory_count(world, MAX_TRAJECTORIES) <= MAX_TRAJECTORIES:
+    if trajectory_count(world, limit) <= limit:
         found = task.enumerated(everything)
     else:
         products = {key: level for key, e in everything.items() if (level := task.product_level(e)) is not None}

@@ -53,11 +53,6 @@ def sampled_world() -> World:
     return bigram(np.random.default_rng(2), n_tokens=3, horizon=6, step=0.9, eos=True)
 
 
-@pytest.fixture
-def nothing_enumerated(monkeypatch):
-    monkeypatch.setattr(module, "MAX_TRAJECTORIES", 0)
-
-
 # --- weights: moments and effective sample size ---
 
 
@@ -185,22 +180,20 @@ def test_enumerated_rows_equal_recursion(seed):
         assert errors == [0.0] * len(errors)
 
 
-def test_engine_of_every_estimator(nothing_enumerated):
+def test_engine_of_every_estimator():
     world = sampled_world()
-    engines = {r.estimator: r.engine for r in measure(world, ALL, samples=2000)}
+    engines = {r.estimator: r.engine for r in measure(world, ALL, samples=2000, limit=0)}
     # No ratio of this world is above 5, the only bound of "cispo".
     products = {"reinforce", "sequence", "cispo", "lookahead", "free token", "free cumulative", "free window"}
     assert {name for name, engine in engines.items() if engine == "dynamic programming"} == products
     assert {engines[name] for name in set(ALL) - products} == {"Monte Carlo"}
 
 
-def test_dynamic_programming_gives_the_enumerated_rows(monkeypatch):
+def test_dynamic_programming_gives_the_enumerated_rows():
     world = replace(sampled_world(), parameters="shared")
     for kind, outcome in (("A_target", False), ("A_behavior", False)):
         exact = measure(world, ALL, kind, outcome=outcome)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "MAX_TRAJECTORIES", 0)
-            again = measure(world, ALL, kind, outcome=outcome, samples=2000)
+        again = measure(world, ALL, kind, outcome=outcome, samples=2000, limit=0)
         compared = 0
         for left, right in zip(exact, again, strict=True):
             if right.engine == "dynamic programming":
@@ -211,14 +204,14 @@ def test_dynamic_programming_gives_the_enumerated_rows(monkeypatch):
         assert compared == 7
 
 
-def test_a_window_that_no_token_leaves_is_none(nothing_enumerated):
+def test_a_window_that_no_token_leaves_is_none():
     behavior = np.array([[0.5, 0.5]])
     world = random_chain(np.random.default_rng(0), n_states=1, n_actions=2, horizon=4, parameters="shared")
 
     def engine(up: float, estimator: ctpo.Estimator) -> str:
         # Ratios up and 2 - up.
         here = World(world.mdp, behavior, np.array([[up / 2, 1 - up / 2]]), "shared")
-        (found,) = measure(here, {"e": estimator}, samples=100)
+        (found,) = measure(here, {"e": estimator}, samples=100, limit=0)
         return found.engine
 
     grpo = ctpo.get_estimator("grpo")
@@ -264,13 +257,10 @@ def both() -> list[tuple[list[Measurement], list[Measurement]]]:
         (toy_lm.load_transformer_world(), "A_target", False),
     ]
     pairs = []
-    with pytest.MonkeyPatch.context() as patch:
-        for world, kind, outcome in worlds:
-            exact = measure(world, ALL, kind, outcome=outcome)
-            patch.setattr(module, "MAX_TRAJECTORIES", 0)
-            for seed in range(2):
-                pairs.append((exact, measure(world, ALL, kind, outcome=outcome, samples=12_000, seed=seed)))
-            patch.undo()
+    for world, kind, outcome in worlds:
+        exact = measure(world, ALL, kind, outcome=outcome)
+        for seed in range(2):
+            pairs.append((exact, measure(world, ALL, kind, outcome=outcome, samples=12_000, limit=0, seed=seed)))
     return pairs
 
 
@@ -294,12 +284,12 @@ def test_other_estimators_other_advantages_are_told_apart(both):
     assert np.abs(compare(other, sampled)).max() > limit
 
 
-def test_controls_shorten_the_error_bar_and_move_nothing(monkeypatch, nothing_enumerated):
+def test_controls_shorten_the_error_bar_and_move_nothing(monkeypatch):
     world = bigram(np.random.default_rng(1), n_tokens=3, horizon=12, step=0.6)
     some = {name: ctpo.ESTIMATORS[name] for name in ("grpo", "minpro", "gspo")}
-    with_controls = measure(world, some, samples=20_000)
+    with_controls = measure(world, some, samples=20_000, limit=0)
     monkeypatch.setattr(module, "CONTROLS", {})
-    without = measure(world, some, samples=20_000)
+    without = measure(world, some, samples=20_000, limit=0)
     for left, right in zip(with_controls, without, strict=True):
         assert left.total_variance == pytest.approx(right.total_variance, rel=1e-12)
         assert left.relative_bias_error <= right.relative_bias_error * (1 + 1e-9)
@@ -311,9 +301,9 @@ def test_controls_shorten_the_error_bar_and_move_nothing(monkeypatch, nothing_en
     assert errors["grpo"][0] < errors["grpo"][1] / 5
 
 
-def test_what_samples_cannot_tell_is_nan_and_the_rest_is_told(nothing_enumerated):
+def test_what_samples_cannot_tell_is_nan_and_the_rest_is_told():
     world = random_chain(np.random.default_rng(0), n_states=6, n_actions=3, horizon=48, step=1.0)
-    rows = {r.estimator: r for r in measure(world, ALL, samples=4000)}
+    rows = {r.estimator: r for r in measure(world, ALL, samples=4000, limit=0)}
     heavy, light = rows["ctpo_fixed"], rows["ctpo"]
     assert heavy.engine == light.engine == "Monte Carlo"
     assert math.isnan(heavy.total_variance)
@@ -328,21 +318,23 @@ def test_what_samples_cannot_tell_is_nan_and_the_rest_is_told(nothing_enumerated
     assert 0 < light.relative_variance < 1e-3
 
 
-def test_second_moments_beyond_float64_are_left_to_samples(nothing_enumerated, monkeypatch):
+def test_second_moments_beyond_float64_are_left_to_samples(monkeypatch):
     world = bigram(np.random.default_rng(1), n_tokens=3, horizon=12, step=0.4)
     monkeypatch.setattr(module, "MOST_LOG_SECOND_MOMENT", 1e-6)
-    rows = measure(world, {name: ctpo.ESTIMATORS[name] for name in ("reinforce", "sequence", "ctpo")}, samples=4000)
+    rows = measure(
+        world, {name: ctpo.ESTIMATORS[name] for name in ("reinforce", "sequence", "ctpo")}, samples=4000, limit=0
+    )
     assert {r.engine for r in rows} == {"Monte Carlo"}
     exact = gradient_moments(world, "none").total_variance
     assert abs(rows[0].total_variance - exact) < z_threshold(1) * rows[0].total_variance_error
 
 
-def test_answers_depend_on_the_seed_and_not_on_the_processes(nothing_enumerated):
+def test_answers_depend_on_the_seed_and_not_on_the_processes():
     world, some = sampled_world(), {"ctpo": ctpo.ESTIMATORS["ctpo"]}
-    first = measure(world, some, samples=3000, seed=5)
-    assert measure(world, some, samples=3000, seed=5) == first
-    assert measure(world, some, samples=3000, seed=5, jobs=2) == first
-    assert measure(world, some, samples=3000, seed=6) != first
+    first = measure(world, some, samples=3000, limit=0, seed=5)
+    assert measure(world, some, samples=3000, limit=0, seed=5) == first
+    assert measure(world, some, samples=3000, limit=0, seed=5, jobs=2) == first
+    assert measure(world, some, samples=3000, limit=0, seed=6) != first
 
 
 def test_a_world_without_gradient_is_refused():
