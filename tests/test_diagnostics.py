@@ -627,6 +627,14 @@ def test_a_window_calibrated_to_a_fitted_power():
     np.testing.assert_allclose(flat["clip_low"], 0.1, atol=0.03)
 
 
+def test_calibration_is_the_same_for_every_array_library(xp):
+    logp, behavior_logp = walk(30, 12, 0.1)
+    mask = np.arange(12) < np.random.default_rng(1).integers(3, 13, 30)[:, None]
+    expected = calibrate_clip(logp, behavior_logp, mask, low=0.1, high=0.2, power=None)
+    garbage = np.where(mask, logp, np.nan)
+    assert calibrate_clip(xp(garbage), xp(behavior_logp), xp(mask), low=0.1, high=0.2, power=None) == expected
+
+
 def test_calibration_looks_no_further_than_its_horizon():
     logp, behavior_logp = walk(30, 12, 0.1)
     options = {"low": 0.1, "high": 0.1, "drift": "kl"}
