@@ -35,6 +35,7 @@ EXPECTED = {
     "3.gspo": "true if",
     "3.table": "true",
     "T1": "true if",
+    "T1.grid": "true",
     "4.expectation": "true if",
     "4.unbiased": "false",
     "4.additive": "true if",
@@ -220,7 +221,7 @@ def test_interruption_leaves_the_last_results(made_up_claims, monkeypatch, tmp_p
 
 def test_only_selects_groups_and_single_claims():
     assert cli.selected(["1"]) == [i for i in EXPECTED if i.startswith("1.")]
-    assert cli.selected(["T1", "8.batch"]) == ["T1", "8.batch"]
+    assert cli.selected(["T1", "8.batch"]) == ["T1", "T1.grid", "8.batch"]
     assert cli.selected(None) == list(EXPECTED)
 
 
