@@ -17,14 +17,14 @@ import numpy as np
 import threadpoolctl
 
 import ctpo
-from simulations import mdp, report, results, sweep, tables, toy_lm, traces
+from simulations import grid, mdp, report, results, sweep, tables, toy_lm, traces
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
 from simulations.measure import measure
 
 #: The longer studies of `run`.
-STUDIES: dict[str, sweep.Study] = {}
+STUDIES: dict[str, sweep.Study] = {study.name: study for study in (grid.STUDY,)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
