@@ -351,9 +351,9 @@ def test_study(tmp_path):
 
 def test_summary_says_what_was_not_expected():
     missed = {"statement": "S", "holds": False, "tried": 3, "as_expected": False, "counterexample": None}
-    data = counterexamples.summary({"s": missed})
+    data = counterexamples.summary({"s_t": missed})
     assert not data["as_expected"]
-    assert data["tables"][1]["rows"] == [{"statement": "S", "theorem": "NO", "tried": 3}]
+    assert data["tables"][1]["rows"] == [{"name": "s t", "statement": "S", "theorem": "NO", "worlds tried": 3}]
 
 
 def test_words():
