@@ -929,7 +929,7 @@ def check_lookahead(context: Context, weights: Ahead) -> Iterator[Evidence]:
     """rho_min(t+N,H) g_t R has the mean of g_t R when pi writes up to N tokens past t, and b the rest."""
     worlds = cases = good = exact = needed = 0
     worst = 0.0
-    for world in random_trees(context, "lookahead", 30, parameters=SHARINGS):
+    for world in random_trees(context, "lookahead", 24, parameters=SHARINGS):
         worlds += 1
         paths = enumerate_trajectories(world)
         horizon, gradient = world.mdp.horizon, policy_gradient(world)
