@@ -131,6 +131,60 @@ class PhaseDiagram:
     named: list[Cell]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """How well one method trains on a problem at one staleness.
+
+    Attributes:
+        problem: Name of the problem.
+        staleness: Updates between two refreshments of the sampler.
+        method: Key of the method.
+        label: Its name.
+        updates: Updates done at the points of the curve, 0 first.
+        curve: Mean share of the optimum there, and the ends of its interval, "mean", "low" and "high".
+        share: Mean over training.
+        cosine: Mean cosine of the estimated with the true gradient; NaN where none was measured.
+        leading: Whether no method is known to learn more.
+    """
+
+    problem: str
+    staleness: int
+    method: str
+    label: str
+    updates: np.ndarray
+    curve: dict[str, np.ndarray]
+    share: float
+    cosine: float
+    leading: bool
+
+
+@dataclass(frozen=True)
+class Best:
+    """The estimator of least error in one situation.
+
+    `error` is that of the gradient of a batch, squared and relative to the true gradient, median over worlds; the
+    `criterion` is "mse", or "direction" for the same after the best rescaling. `ties` are as good within 2%.
+    """
+
+    reward: str
+    length: str
+    spread: float
+    batch: int
+    criterion: str
+    name: str
+    ties: list[str]
+    error: float
+
+
+@dataclass(frozen=True)
+class Situations:
+    """All situations of the grid, and the longest strings of each length in tokens."""
+
+    best: list[Best]
+    horizons: dict[str, list[int]]
+    worlds: int
+
+
 def load(folder: Path, file: str = FILE, command: str = VERIFY) -> Results:
     """Read a result file of a folder, which the command has written.
 
@@ -236,6 +290,69 @@ def _cells(entries: Any, part: str) -> list[Cell]:
         del numbers["models"]
         cells.append(Cell(reward=reward, winner=winner, **numbers))
     return cells
+
+
+def training(results: Results) -> list[Learned]:
+    """What the training study found at staleness above 1, its variations left out."""
+    curves = _part(results, "curves", list)
+    cells = _part(results, "cells", list)
+    if len(curves) != len(cells):
+        raise ValueError(f"curves has {len(curves)} entries, cells {len(cells)}")
+    found = []
+    for k, (entry, cell) in enumerate(zip(curves, cells, strict=True)):
+        where = f"curves[{k}]"
+        names = {key: _text(entry, key, where) for key in ("problem", "variation", "method", "label")}
+        staleness = entry.get("staleness")
+        if not isinstance(staleness, int) or staleness < 1:
+            raise ValueError(f"{where}.staleness is {staleness!r}, not a number of updates")
+        here = {**names, "staleness": staleness}
+        if not isinstance(cell, Mapping) or any(cell.get(key) != value for key, value in here.items()):
+            raise ValueError(f"cells[{k}] is not about the same run as {where}")
+        if names.pop("variation") or staleness == 1:
+            continue
+        updates = _numbers(entry, "updates", where)
+        curve = {key: _numbers(entry, key, where, len(updates)) for key in ("mean", "low", "high")}
+        share, cosine, leading = (cell.get(key) for key in ("mean_share", "cosine", "leading"))
+        if not _is_number(share) or not (cosine is None or _is_number(cosine)) or not isinstance(leading, bool):
+            raise ValueError(f"cells[{k}] has no mean_share, cosine or leading")
+        numbers = {"share": float(share), "cosine": math.nan if cosine is None else float(cosine)}
+        found.append(Learned(**names, staleness=staleness, updates=updates, curve=curve, **numbers, leading=leading))
+    if not found:
+        raise MissingError("curves has none of staleness above 1")
+    return found
+
+
+def which_ratio(results: Results) -> Situations:
+    """The best estimators of the study "grid"."""
+    entries, horizons = results.get("situations"), results.get("lengths")
+    if not isinstance(horizons, Mapping) or not all(
+        isinstance(found, list) and found and all(_is_number(h) and h > 0 for h in found) for found in horizons.values()
+    ):
+        raise ValueError("lengths is not an object of lists of horizons")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("situations is not a list of situations")
+    best, worlds = [], []
+    for k, entry in enumerate(entries):
+        where = f"situations[{k}]"
+        texts = {key: _text(entry, key, where) for key in ("reward", "length")}
+        if texts["length"] not in horizons:
+            raise ValueError(f"{where}.length is {texts['length']!r}, which is not in lengths")
+        numbers = {key: entry.get(key) for key in ("spread", "batch", "worlds")}
+        for key, value in numbers.items():
+            if not _is_number(value) or not value > 0:
+                raise ValueError(f"{where}.{key} is {value!r}, not a number above 0")
+        worlds.append(numbers.pop("worlds"))
+        for criterion in ("mse", "direction"):
+            verdict, inside = entry.get(criterion), f"{where}.{criterion}"
+            name = _text(verdict, "best", inside)
+            ties = verdict.get("ties")
+            if not isinstance(ties, list) or not all(isinstance(tie, str) for tie in ties):
+                raise ValueError(f"{inside}.ties is not a list of names")
+            error = float(_numbers(verdict, "error", inside)[0])
+            if error < 0:
+                raise ValueError(f"{inside}.error is {error}, below 0")
+            best.append(Best(**texts, **numbers, criterion=criterion, name=name, ties=ties, error=error))
+    return Situations(best, {str(k): list(v) for k, v in horizons.items()}, min(worlds))
 
 
 def source(results: Results, file: str = FILE) -> str:

@@ -110,19 +110,23 @@ def slope_key(axes: Axes) -> None:
         axes.annotate(name, end, xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5, color=GRAY)
 
 
-def label_ends(axes: Axes, labels: Sequence[tuple[float, str, Color]], size: float = 7) -> None:
+def label_ends(
+    axes: Axes, labels: Sequence[tuple[float, str, Color]], size: float = 7, height: float | None = None
+) -> None:
     """Name lines at the right edge: (y at the edge, text, color), moved apart where they would overlap.
 
-    Call when the limits of the axes are final. A thin line leads from each end to its name.
+    Call when the limits of the axes are final. A thin line leads from each end to its name. `height` is that of the
+    axes in points, if it is known.
     """
     transform = axes.transScale + axes.transLimits
     ends = [min(max(float(transform.transform((1.0, y))[1]), 0.0), 1.0) for y, _, _ in labels]
     order = np.argsort(ends, kind="stable")
     lines = max(text.count("\n") + 1 for _, text, _ in labels)
-    # About the height of the axes, in points: their share of the figure less titles and labels.
-    spec = axes.get_subplotspec()
-    sheet_height = axes.figure.get_figure(root=True).get_size_inches()[1] if axes.figure else 1.0
-    height = 0.72 * 72 * sheet_height / (spec.get_gridspec().nrows if spec else 1)
+    if height is None:
+        # About that: their share of the figure less titles and labels.
+        spec = axes.get_subplotspec()
+        sheet_height = axes.figure.get_figure(root=True).get_size_inches()[1] if axes.figure else 1.0
+        height = 0.72 * 72 * sheet_height / (spec.get_gridspec().nrows if spec else 1)
     places = spread_out([ends[k] for k in order], gap=(0.45 + 1.3 * lines) * size / height)
     for k, place in zip(order, places, strict=True):
         _, text, color = labels[k]

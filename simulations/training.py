@@ -410,21 +410,39 @@ def summary(found: Results) -> dict[str, Any]:
     """What is written to results/training.json, see `sweep.Study`."""
     cells = cells_of(found)
     tests = compare(cells)
+    verdicts = _verdicts(tests)
     rows, curves = list[dict[str, Any]](), list[dict[str, Any]]()
-    for (name, staleness, variation), methods in cells.items():
+    for cell, methods in cells.items():
+        ranked = _ranked({method: np.mean(result["best"]["mean_share"]) for method, result in methods.items()})
+        leading = {ranked[0], *(method for method in ranked[1:] if not verdicts[cell, ranked[0], method])}
         for method, result in methods.items():
-            where: dict[str, Any] = {"problem": name, "staleness": staleness, "variation": variation}
-            where |= {"method": method, "label": label(method)}
+            where = dict(zip(("problem", "staleness", "variation", "method"), (*cell, method), strict=True))
+            where["label"] = label(method)
             curves.append({**where, "updates": result["updates"], **result["best"]["curve"]})
-            rows.append({**where, **_cell_row(result)})
+            rows.append({**where, **_cell_row(result), "leading": method in leading})
     return {
         "problems": [_problem_row(name) for name in dict.fromkeys(cell[0] for cell in cells)],
         "cells": rows,
         "curves": curves,
         "tests": tests,
         "gradients": [result for result in found.values() if "spread" in result],
-        "tables": list(_tables(cells, rows, tests, found)),
+        "tables": list(_tables(cells, rows, verdicts, found)),
     }
+
+
+def _verdicts(tests: Sequence[Mapping[str, Any]]) -> dict[tuple[Cell, str, str], int]:
+    """The verdict on each pair of methods, either way round."""
+    verdicts: dict[tuple[Cell, str, str], int] = {}
+    for row in tests:
+        cell = (row["problem"], row["staleness"], row["variation"])
+        verdicts[cell, row["first"], row["second"]] = row["verdict"]
+        verdicts[cell, row["second"], row["first"]] = -row["verdict"]
+    return verdicts
+
+
+def _ranked(shares: Mapping[str, Any]) -> list[str]:
+    """Methods from the best to the worst, the reference left out."""
+    return sorted((method for method in shares if method != REFERENCE), key=lambda method: -float(shares[method]))
 
 
 def _problem_row(name: str) -> dict[str, Any]:
@@ -453,24 +471,22 @@ def _cell_row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tables(
-    cells: Mapping[Cell, Results], rows: Sequence[Mapping[str, Any]], tests: Sequence[Mapping[str, Any]], found: Results
+    cells: Mapping[Cell, Results],
+    rows: Sequence[Mapping[str, Any]],
+    verdicts: Mapping[tuple[Cell, str, str], int],
+    found: Results,
 ) -> Iterator[dict[str, Any]]:
     """The tables that are printed."""
     by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["problem"], row["staleness"], row["variation"]), {})[row["method"]] = row
     plain = {cell: methods for cell, methods in by_cell.items() if cell[1] > 1 and not cell[2]}
-    verdicts: dict[tuple[Cell, str, str], int] = {}
-    for row in tests:
-        cell = (row["problem"], row["staleness"], row["variation"])
-        verdicts[cell, row["first"], row["second"]] = row["verdict"]
-        verdicts[cell, row["second"], row["first"]] = -row["verdict"]
-    test = f"Wilcoxon's test on the same seeds, Holm over the {len(tests)} pairs of all cells, {LEVEL:.0%}"
+    test = f"Wilcoxon's test on the same seeds, Holm over the {len(verdicts) // 2} pairs of all cells, {LEVEL:.0%}"
     yield {
         "title": "Which method learns most",
         "note": "Mean share of the optimum over training, each method with its own best learning rate and window "
         f"width, chosen on other seeds. K: updates per round of samples. Not told from the best: {test}.",
-        "rows": [_winner_row(cell, methods, verdicts) for cell, methods in plain.items()],
+        "rows": [_winner_row(cell, methods) for cell, methods in plain.items()],
     }
     yield {
         "title": "CTPO against each other method",
@@ -518,16 +534,14 @@ def _tables(
     }
 
 
-def _winner_row(
-    cell: Cell, methods: Mapping[str, Mapping[str, Any]], verdicts: Mapping[tuple[Cell, str, str], int]
-) -> dict[str, Any]:
-    ranked = sorted((m for m in methods if m != REFERENCE), key=lambda m: -float(methods[m]["mean_share"]))
+def _winner_row(cell: Cell, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    ranked = _ranked({method: row["mean_share"] for method, row in methods.items()})
     best = ranked[0]
     return {
         "problem": cell[0],
         "K": cell[1],
         "best": f"{label(best)} {methods[best]['mean_share']:.3f}",
-        "not told from it": ", ".join(label(m) for m in ranked[1:] if not verdicts[cell, best, m]) or "-",
+        "not told from it": ", ".join(label(m) for m in ranked[1:] if methods[m]["leading"]) or "-",
         "CTPO": f"{methods['ctpo']['mean_share']:.3f}, rank {ranked.index('ctpo') + 1} of {len(ranked)}",
         "on-policy": methods[REFERENCE]["mean_share"],
     }
