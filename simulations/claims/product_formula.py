@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from simulations.claims.martingale import before_token, chi2_of_target, cumulative, variance
+from simulations.claims.martingale import before_token, chi2_of_target, cumulative, tilted_chi2, variance
 from simulations.claims.registry import Claim, Context, Evidence
 from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, two_step
 from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
-from simulations.mdp import World, independent_tokens, policy_table, sticky_hot, tree
+from simulations.mdp import World, depths, independent_tokens, policy_table, sticky_hot, tree, tree_prefixes
 
 THREE_QUARTERS = Fraction(3, 4)
 SAME = (HALF, HALF)
@@ -21,24 +21,24 @@ UP = (HALF, THREE_QUARTERS)
 # --- 2.recursion ----------------------------------------------------------------------------------------------------
 
 
-def tilted_by_square(paths: Trajectories, before: np.ndarray) -> np.ndarray:
-    """(N, H) weights of the distribution that tilts chi2: b rho_{t-1}^2."""
-    return before**2
+def squared(ratio: np.ndarray) -> np.ndarray:
+    """What tilts b, of token ratios or of rho_{t-1}: the square."""
+    return ratio**2
 
 
-def tilted_by_ratio(paths: Trajectories, before: np.ndarray) -> np.ndarray:
-    """Wrong: b rho_{t-1}, the target's own distribution."""
-    return before
+def first_power(ratio: np.ndarray) -> np.ndarray:
+    """Wrong: the ratio itself, which makes it the target's own distribution."""
+    return ratio
 
 
-def check_recursion(context: Context, tilt: Callable[[Trajectories, np.ndarray], np.ndarray]) -> Iterator[Evidence]:
+def check_recursion(context: Context, tilt: Callable[[np.ndarray], np.ndarray]) -> Iterator[Evidence]:
     """E_b rho_t^2 = prod_k (1 + E_tilted chi2(s_k)), without any independence."""
     good = steps = agree = worlds = 0
     for world in random_trees(context, "recursion", 200):
         worlds += 1
         paths = enumerate_trajectories(world)
         rho, divergence = cumulative(paths), chi2_of_target(world)[paths.states]
-        weight = tilt(paths, before_token(rho))
+        weight = tilt(before_token(rho))
         tilted = paths.expectation(weight * divergence) / paths.expectation(weight)
         second = paths.expectation(rho**2)
         product = (1 + tilted).cumprod()
@@ -54,10 +54,10 @@ def check_recursion(context: Context, tilt: Callable[[Trajectories, np.ndarray],
     )
     worst = 0.0
     for world in long_worlds(context, 2048):
-        moments = ratio_moments(world)
-        assert moments.log_second_moment is not None
-        gap = np.log1p(moments.chi2_tilted).cumsum() - moments.log_second_moment[1:]
-        worst = max(worst, float(np.abs(gap).max()))
+        log_m = ratio_moments(world).log_second_moment
+        assert log_m is not None
+        tilted = tilted_chi2(world, chi2_of_target(world), tilt, 2048)
+        worst = max(worst, float(np.abs(np.log1p(tilted).cumsum() - log_m[1:]).max()))
     yield Evidence(
         "the same along 2048 tokens, and dynamic programming equal to enumeration on the trees",
         "dynamic programming",
@@ -91,20 +91,75 @@ def _independent_world(rng: np.random.Generator) -> World:
     return World(mdp, behavior=policy(), target=policy())
 
 
+def _equal_divergence_world(rng: np.random.Generator) -> World:
+    """Binary tokens with chi2 = c_k^2 after every prefix of k - 1 tokens, though b and pi are drawn anew for each.
+
+    With b(1) = u^2 / (u^2 + v^2), pi(1) - b(1) = +-c u v / (u^2 + v^2) has chi2 = c^2 whatever u and v are.
+    """
+    horizon = int(rng.integers(2, 4))
+    mdp = tree(2, horizon, name="one chi2 at every position")
+    scales = [Fraction(1, int(c)) for c in rng.integers(4, 8, size=horizon)]
+    ones: dict[tuple[int, ...], tuple[Fraction, Fraction]] = {}
+    for prefix in tree_prefixes(mdp):
+        if len(prefix) < horizon:
+            u, v = (int(x) for x in rng.integers(1, 4, size=2))
+            behavior, shift = Fraction(u * u, u * u + v * v), scales[len(prefix)] * Fraction(u * v, u * u + v * v)
+            ones[prefix] = (behavior, behavior + (shift if rng.random() < 0.5 else -shift))
+    behavior_table = policy_table(mdp, lambda prefix: [1 - ones[prefix][0], ones[prefix][0]])
+    return World(mdp, behavior_table, policy_table(mdp, lambda prefix: [1 - ones[prefix][1], ones[prefix][1]]))
+
+
+def _ratio_depends_on_prefix(world: World) -> bool:
+    """Whether the third moment of the second token's ratio is not the same after every first token."""
+    second = depths(world.mdp) == 1
+    return len(set((world.target[second] ** 3 / world.behavior[second] ** 2).sum(axis=1))) > 1
+
+
 def check_product(context: Context, formula: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
-    """The paper's product formula under its assumption, and under a weaker one."""
+    """The paper's product formula under its assumption, under a weaker one, and when exactly it holds."""
     rng = context.rng("product")
-    count, good = context.count(100), 0
-    for _ in range(count):
-        world = _independent_world(rng)
+    independent = [_independent_world(rng) for _ in range(context.count(60))]
+    equal = [_equal_divergence_world(rng) for _ in range(context.count(60))]
+    trees = list(random_trees(context, "product trees", 80, same_share=0.4))
+    exact: list[np.ndarray] = []
+    uncorrelated: list[np.ndarray] = []
+    varying = 0
+    for world in independent + equal + trees:
         paths = enumerate_trajectories(world)
-        good += int(np.all(formula(world) == variance(paths, cumulative(paths))))
+        rho, divergence = cumulative(paths), chi2_of_target(world)[paths.states]
+        before = before_token(rho) ** 2
+        exact.append(np.logical_and.accumulate(formula(world) == variance(paths, rho)))
+        product = paths.expectation(before) * paths.expectation(divergence)
+        uncorrelated.append(np.logical_and.accumulate(paths.expectation(before * divergence) == product))
+        varying += int(uncorrelated[-1][-1] and any(len(set(column)) > 1 for column in divergence.T))
+    right = [int(e.all()) for e in exact]
+    n = len(independent)
     yield Evidence(
         "Var(rho_t) = prod(1 + chi2_k) - 1 with independent tokens (different at every position)",
         "enumeration",
-        f"independent tokens: exact for all t on {good} of {count} random worlds",
-        good == count,
-        {"worlds": count, "exact": good},
+        f"independent tokens: exact for all t on {sum(right[:n])} of {n} random worlds",
+        sum(right[:n]) == n,
+        {"worlds": n, "exact": sum(right[:n])},
+    )
+    good, other = sum(right[n : n + len(equal)]), sum(map(_ratio_depends_on_prefix, equal))
+    yield Evidence(
+        "the same where b and pi differ from prefix to prefix, but chi2 does not",
+        "enumeration",
+        f"chi2 the same after every prefix: exact for all t on {good} of {len(equal)} random worlds, on {other} of "
+        "which the law of the second token's ratio depends on the first token",
+        good == len(equal) and other > 0,
+        {"worlds": len(equal), "exact": good, "law_differs": other},
+    )
+    found = np.concatenate([np.column_stack([e, u])[1:] for e, u in zip(exact, uncorrelated, strict=True)])
+    both, neither = int(found.all(axis=1).sum()), int((~found.any(axis=1)).sum())
+    yield Evidence(
+        "the formula is right for all t <= T if and only if Cov_b(rho_{k-1}^2, chi2(s_k)) = 0 for all k <= T; T >= 2, "
+        "on these worlds and on random trees with planted equal policies",
+        "enumeration",
+        f"formula right if and only if Cov(rho_{{k-1}}^2, chi2(s_k)) = 0 at all tokens: both in {both}, neither in "
+        f"{neither}, of {len(found)} cases; both on {varying} worlds where chi2 does depend on the prefix",
+        both + neither == len(found) and min(both, neither) > 0,
+        {"cases": len(found), "both": both, "neither": neither, "chi2_varies": varying},
     )
     # chi2 = 1/4 after either first token, though the second token's ratio has another law.
     world = two_step(UP, {0: UP, 1: (Fraction(4, 5), Fraction(3, 5))})
@@ -309,8 +364,8 @@ CLAIMS = (
         "holds with any dependence between tokens",
         "the exact form of Prop. 2(ii)",
         check_recursion,
-        tilted_by_square,
-        tilted_by_ratio,
+        squared,
+        first_power,
         "tilted by rho instead of rho^2",
         "Variance of a prefix ratio compounds over tokens, always; how fast is set by the divergence where the "
         "squared ratio is large, not by its average.",
