@@ -87,16 +87,13 @@ def phase(results: Results) -> Figure:
 
 
 def _title(found: PhaseDiagram) -> str:
-    """What the diagram says of the cumulative ratio, if it says it."""
-    wins = {
-        reward: sum(cell.winner == "cumulative" for cell in found.diagram if cell.reward == reward)
-        for reward in found.rewards
-    }
-    total = len(found.diagram) / len(found.rewards)
-    outcomes = [wins[reward] for reward, title in found.rewards.items() if title.startswith("outcome")]
-    critic = wins.get("critic of the target", 0)
-    if outcomes and max(outcomes) == 0 and 2 * critic > total:
-        return "On these models the cumulative ratio wins with an exact critic, never with an outcome reward"
+    """What the diagram says of the cumulative ratio, if it says it; a tie is no win."""
+    wins = [cell for cell in found.diagram if cell.winner == "cumulative"]
+    clear = {cell.reward for cell in wins if cell.margin >= found.tie}
+    outcomes = {reward for reward, title in found.rewards.items() if title.startswith("outcome")}
+    by_critic = sum(cell.reward == "critic of the target" for cell in wins)
+    if outcomes and not clear & outcomes and 2 * by_critic * len(found.rewards) > len(found.diagram):
+        return "On these models the cumulative ratio wins with an exact critic, not with an outcome reward"
     return "Which ratio has the least mean squared error depends on the reward"
 
 

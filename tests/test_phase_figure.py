@@ -141,11 +141,17 @@ def test_no_two_winners_look_the_same() -> None:
 
 def test_the_title_follows_the_numbers() -> None:
     content = results()
-    title = drawn(content).texts[0].get_text()
-    assert title == "On these models the cumulative ratio wins with an exact critic, never with an outcome reward"
-    content["diagram"][0] |= {"winner": "cumulative", "error": {"cumulative": 0.5}}
-    title = drawn(content).texts[0].get_text()
-    assert title == "Which ratio has the least mean squared error depends on the reward"
+    said = "On these models the cumulative ratio wins with an exact critic, not with an outcome reward"
+    unsaid = "Which ratio has the least mean squared error depends on the reward"
+    assert drawn(content).texts[0].get_text() == said
+    content["diagram"][0] |= {"winner": "cumulative", "error": {"cumulative": 0.5}, "margin": 1.01}
+    assert drawn(content).texts[0].get_text() == said  # a tie is no win
+    content["diagram"][0]["margin"] = 1.03
+    assert drawn(content).texts[0].get_text() == unsaid
+    content = results()
+    for cell in content["diagram"][-14:]:
+        cell |= {"winner": "token", "error": {"token": 0.5}}
+    assert drawn(content).texts[0].get_text() == unsaid
 
 
 @pytest.mark.parametrize(
