@@ -312,11 +312,13 @@ def training(results: Results) -> list[Learned]:
             continue
         updates = _numbers(entry, "updates", where)
         curve = {key: _numbers(entry, key, where, len(updates)) for key in ("mean", "low", "high")}
-        share, cosine, leading = (cell.get(key) for key in ("mean_share", "cosine", "leading"))
-        if not _is_number(share) or not (cosine is None or _is_number(cosine)) or not isinstance(leading, bool):
+        share: Any = cell.get("mean_share")
+        cosine, leading = cell.get("cosine"), cell.get("leading")
+        if not (_is_number(share) and (cosine is None or _is_number(cosine)) and isinstance(leading, bool)):
             raise ValueError(f"cells[{k}] has no mean_share, cosine or leading")
-        numbers = {"share": float(share), "cosine": math.nan if cosine is None else float(cosine)}
-        found.append(Learned(**names, staleness=staleness, updates=updates, curve=curve, **numbers, leading=leading))
+        cosine = math.nan if cosine is None else float(cosine)
+        label, method = names["label"], names["method"]
+        found.append(Learned(names["problem"], staleness, method, label, updates, curve, float(share), cosine, leading))
     if not found:
         raise MissingError("curves has none of staleness above 1")
     return found
@@ -334,14 +336,15 @@ def which_ratio(results: Results) -> Situations:
     best, worlds = [], []
     for k, entry in enumerate(entries):
         where = f"situations[{k}]"
-        texts = {key: _text(entry, key, where) for key in ("reward", "length")}
-        if texts["length"] not in horizons:
-            raise ValueError(f"{where}.length is {texts['length']!r}, which is not in lengths")
+        reward, length = _text(entry, "reward", where), _text(entry, "length", where)
+        if length not in horizons:
+            raise ValueError(f"{where}.length is {length!r}, which is not in lengths")
         numbers = {key: entry.get(key) for key in ("spread", "batch", "worlds")}
         for key, value in numbers.items():
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{where}.{key} is {value!r}, not a number above 0")
-        worlds.append(numbers.pop("worlds"))
+        spread, batch = float(numbers["spread"]), int(numbers["batch"])
+        worlds.append(int(numbers["worlds"]))
         for criterion in ("mse", "direction"):
             verdict, inside = entry.get(criterion), f"{where}.{criterion}"
             name = _text(verdict, "best", inside)
@@ -351,7 +354,7 @@ def which_ratio(results: Results) -> Situations:
             error = float(_numbers(verdict, "error", inside)[0])
             if error < 0:
                 raise ValueError(f"{inside}.error is {error}, below 0")
-            best.append(Best(**texts, **numbers, criterion=criterion, name=name, ties=ties, error=error))
+            best.append(Best(reward, length, spread, batch, criterion, name, ties, error))
     return Situations(best, {str(k): list(v) for k, v in horizons.items()}, min(worlds))
 
 

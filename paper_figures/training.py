@@ -99,7 +99,8 @@ def _draw_curves(axes: Axes, runs: Sequence[Learned]) -> None:
 def _name_lines(axes: Axes, found: Sequence[Learned]) -> None:
     names = {run.method: run.label for run in found}
     ends = [
-        (float(np.asarray(line.get_ydata())[-1]), names[str(line.get_label())], line.get_color()) for line in axes.lines
+        (float(np.asarray(line.get_ydata())[-1]), names[str(line.get_label())], LINES[str(line.get_label())][0])
+        for line in axes.lines
     ]
     height = axes.get_window_extent().height / style.DPI * 72
     style.label_ends(axes, ends, size=6.5, height=height)

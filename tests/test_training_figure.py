@@ -165,7 +165,10 @@ def test_it_is_drawn_when_its_file_is_there(
 
 
 def test_the_bytes_repeat(tmp_path: Path) -> None:
+    content = results()
+    for part in ("curves", "cells"):
+        content[part] = [entry for entry in content[part] if entry["problem"] == "plan" and entry["staleness"] == 4]
     with style.styled():
-        first = [path.read_bytes() for path in style.save(drawn(results()), tmp_path, "a")]
-        second = [path.read_bytes() for path in style.save(drawn(results()), tmp_path, "b")]
+        first = [path.read_bytes() for path in style.save(drawn(content), tmp_path, "a")]
+        second = [path.read_bytes() for path in style.save(drawn(content), tmp_path, "b")]
     assert first == second
