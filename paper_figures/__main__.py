@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from paper_figures import data, overview, phase, recorded, style, synthetic, table_one
+from paper_figures import data, overview, phase, recorded, style, synthetic, table_one, training, which_ratio
 
 FIGURES: dict[str, Callable[[data.Results], Figure]] = {
     "overview": overview.overview,
@@ -19,7 +19,11 @@ FIGURES: dict[str, Callable[[data.Results], Figure]] = {
     "exact_sampled": synthetic.exact_against_sampled,
 }
 #: Figures of the longer studies, each from results/<name>.json if it is there.
-STUDIES: dict[str, Callable[[data.Results], Figure]] = {"phase": phase.phase}
+STUDIES: dict[str, Callable[[data.Results], Figure]] = {
+    "phase": phase.phase,
+    "training": training.training,
+    "grid": which_ratio.which_ratio,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
