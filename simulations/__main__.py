@@ -17,14 +17,28 @@ import numpy as np
 import threadpoolctl
 
 import ctpo
-from simulations import grid, mdp, report, results, sweep, tables, toy_lm, traces
+from simulations import (
+    counterexamples,
+    grid,
+    mdp,
+    phase_diagram,
+    report,
+    results,
+    sweep,
+    tables,
+    toy_lm,
+    traces,
+    training,
+)
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
 from simulations.measure import measure
 
 #: The longer studies of `run`.
-STUDIES: dict[str, sweep.Study] = {study.name: study for study in (grid.STUDY,)}
+STUDIES: dict[str, sweep.Study] = {
+    study.name: study for study in (grid.STUDY, phase_diagram.STUDY, counterexamples.STUDY, training.STUDY)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_measure_options(measuring)
 
     running = commands.add_parser(
-        "run", help="a longer study: its tables and results/STUDY.json; goes on where it was interrupted"
+        "run",
+        help="a longer study: its tables and results/STUDY.json; goes on where it was interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{study.name:10}{study.question}" for study in STUDIES.values()),
     )
-    running.add_argument(
-        "study", choices=STUDIES, nargs="+", help="; ".join(f"{s.name}: {s.question}" for s in STUDIES.values())
-    )
+    running.add_argument("study", choices=STUDIES, nargs="+", help="one or more of the studies below")
     running.add_argument("--quick", action="store_true", help="the small version, to try it")
     _add_sweep_options(running)
 
