@@ -125,7 +125,7 @@ def check_kind(
         and all(np.allclose(row["growth"], t, rtol=1e-12) for row in rows.values()),
         {name: {**row, "mean": [str(m) for m in row["mean"]]} for name, row in rows.items()},
     )
-    sigma, shape, rng = 0.05, (context.count(2400), 48), context.rng("noise")
+    sigma, shape, rng = 0.1, (context.count(2400), 48), context.rng("noise")
     fits: dict[str, SpreadFit] = {}
     for name, draw in (("free", free), ("normalized", normalized)):
         x = draw(rng, shape, sigma)

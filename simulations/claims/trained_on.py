@@ -570,8 +570,8 @@ CLAIMS = (
         "own",
         "fresh",
         "a sequence drawn after the update",
-        "From the second epoch on do not read rho_t as an importance weight: neither its mean, nor its effective "
-        "sample size, nor the unbiasedness of any estimator built on it applies.",
+        "From the second epoch on do not read rho_t as an importance weight: neither its mean of 1 nor the "
+        "unbiasedness of estimators built on it holds in general.",
     ),
     Claim(
         "13.independent",
