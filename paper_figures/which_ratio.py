@@ -83,15 +83,15 @@ def _title(best: Sequence[Best]) -> str:
     critic = [b for b in plain if b.reward == "exact critic"]
     outcome = [b for b in plain if b.reward == "outcome reward"]
     largest = max((b.batch for b in best), default=0)
-    few = FAMILIES["t and few before it"][1]
+    beyond = FAMILIES["tokens after t too"][1]
     if (
         critic
         and outcome
         and all("cumulative" in (b.name, *b.ties) for b in critic)
         and all(b.name == "sequence" for b in outcome if b.batch == largest)
-        and all(b.name in few for b in outcome if b.batch < largest)
+        and all(b.name not in beyond for b in outcome if b.batch < largest)
     ):
-        return "Exact critic: cumulative ratio. Outcome reward: few ratios, or all if the batch is large"
+        return "Exact critic: cumulative ratio. Outcome reward: all ratios if the batch is large, else fewer"
     return "Which ratio has the least error depends on the reward, the distance and the batch"
 
 

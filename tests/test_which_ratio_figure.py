@@ -99,9 +99,9 @@ def test_of_equals_the_one_that_is_best_most_often_is_shown() -> None:
 
 
 def test_the_title_says_only_what_the_numbers_say(figure: Figure) -> None:
-    finding = "Exact critic: cumulative ratio. Outcome reward: few ratios, or all if the batch is large"
+    finding = "Exact critic: cumulative ratio. Outcome reward: all ratios if the batch is large, else fewer"
     assert figure.texts[0].get_text() == finding
-    for place, name in ((0, "token"), (12, "sequence"), (13, "min prefix")):
+    for place, name in ((0, "token"), (12, "lookahead"), (13, "min prefix")):
         content = results()
         content["situations"][place]["mse"]["best"] = name
         assert drawn(content).texts[0].get_text().startswith("Which ratio has the least error depends on")
