@@ -56,7 +56,7 @@ def check_recursion(context: Context, tilt: Callable[[np.ndarray], np.ndarray]) 
     for world in long_worlds(context, 2048):
         log_m = ratio_moments(world).log_second_moment
         assert log_m is not None
-        tilted = tilted_chi2(world, chi2_of_target(world), tilt, 2048)
+        tilted = tilted_chi2(world, chi2_of_target(world), tilt, len(log_m) - 1)
         worst = max(worst, float(np.abs(np.log1p(tilted).cumsum() - log_m[1:]).max()))
     yield Evidence(
         "the same along 2048 tokens, and dynamic programming equal to enumeration on the trees",
