@@ -176,7 +176,7 @@ def exam() -> Problem:
     asked = rng.integers(kinds, size=(prompts, horizon))
     right = rng.integers(n, size=kinds)
     accuracy = rng.uniform(0.5, 0.95, size=kinds)
-    # A state: prompt, step, errors so far; the last one of each prompt is its end.
+    # A state: prompt, step, errors so far, of which one more than is allowed stands for all above.
     errors = allowed + 2
     state = np.arange(prompts * horizon * errors)
     x, t, wrong = state // (horizon * errors), state // errors % horizon, state % errors

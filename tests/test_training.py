@@ -418,7 +418,8 @@ def test_what_is_measured_of_an_update_is_that_of_plain_loops() -> None:
     task, rng = tiny(), np.random.default_rng(12)
     behavior = random_logits(task, 1, seed=13)
     logits = behavior + 0.4 * rng.standard_normal(behavior.shape)
-    strings = [[(i // learning.GROUP, tuple(rng.integers(2, size=HORIZON).tolist())) for i in range(16)]]
+    # The first group is of one string, and has no advantage.
+    strings = [[(0, (0, 1, 1))] * 8 + [(1, tuple(rng.integers(2, size=HORIZON).tolist())) for _ in range(8)]]
     found = learning.estimated_gradient(
         task.nodes,
         METHODS["ctpo"],
@@ -435,6 +436,7 @@ def test_what_is_measured_of_an_update_is_that_of_plain_loops() -> None:
     flat = [w for row, own in zip(rows, found.advantages[0].tolist(), strict=True) for w in row if own[0] != 0]
     assert clipped == pytest.approx(flat.count(0.0) / len(flat), rel=1e-12)
     assert 0 < clipped < 1
+    assert len(flat) == 8 * HORIZON
     assert ess_weight == pytest.approx(sum(flat) ** 2 / sum(w * w for w in flat) / len(flat), rel=1e-12)
     ratios = [math.exp(sum(row)) for row in found.log_ratio[0].tolist()]
     assert ess_sequence == pytest.approx(sum(ratios) ** 2 / sum(w * w for w in ratios) / len(ratios), rel=1e-12)
