@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from simulations.claims import CLAIMS
+from simulations.report import CHAPTERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,11 +40,19 @@ def test_example_runs(name, capsys):
         assert "E rho_t" in printed or "Mean" in printed
 
 
-def test_table_has_every_claim_with_its_verdict():
+def test_table_has_every_chapter_with_what_it_finds():
     table = README.split("<!-- claims: begin -->")[1].split("<!-- claims: end -->")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| .*? \| (true|true if|false) \|", table, flags=re.MULTILINE)
-    assert dict(rows) == {identifier: claim.verdict for identifier, claim in CLAIMS.items()}
-    assert len(rows) == len(CLAIMS)
+    rows = re.findall(r"^\| (`[^|]+`) \| \*\*(.*?)\*\* (.*) \| ([^|]*) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == len(CHAPTERS)
+    for (groups, title, found, verdicts), chapter in zip(rows, CHAPTERS, strict=True):
+        assert tuple(re.findall("`(.+?)`", groups)) == chapter.groups
+        assert chapter.title.endswith(title.removesuffix("."))
+        assert found == chapter.found
+        counted = Counter(c.verdict for c in CLAIMS.values() if c.id.split(".")[0] in chapter.groups)
+        assert {name: int(n) for n, name in re.findall(r"(\d+) (true if|true|false)", verdicts)} == counted
+    counts = Counter(claim.verdict for claim in CLAIMS.values())
+    head = f"{len(CLAIMS)} claims: {counts['true']} true, {counts['true if']} true under a stated assumption, "
+    assert head + f"{counts['false']} false." in table
 
 
 def test_images_and_links_exist():
