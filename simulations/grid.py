@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 import ctpo
 from ctpo.ratios import Level
@@ -48,7 +49,7 @@ VARIANTS: tuple[tuple[Parameters, str], ...] = (
     ("position", "random"),
 )
 #: Nats that a logit may move.
-LARGEST_STEP = 300.0
+LARGEST_STEP = 256.0
 #: What the estimator of least error is compared with.
 RIVALS = ("ctpo", "grpo", "gspo")
 #: Errors closer than this are a tie.
@@ -134,18 +135,25 @@ def grid_world(kind: str, horizon: int, spread: float, parameters: Parameters, s
             direction = direction.sum(axis=0, keepdims=True)
     if kind == "sticky hot state" and parameters == "prefix":
         direction[[0, 2]] = 0.0  # only after token 0, the hot one, do the policies differ
-    size = 1.0 / np.abs(direction).max()
-    for _ in range(60):  # the spread is nearly linear in the size
-        world = made(step_policy(behavior, direction[blocks], size))
-        moments = ratio_moments(world)
-        assert moments.var_log is not None
-        found = math.sqrt(moments.var_log[-1])
-        if abs(found / spread - 1) < 1e-6:
-            return _centered(world)
-        size *= spread / found
-        if not size < LARGEST_STEP:  # NaN too, where a probability of the target has vanished
-            break
-    raise ValueError(f"spread: {spread} nats cannot be reached by {world.name!r}, the last found is {found:.3g}")
+    direction /= np.abs(direction).max()
+
+    def moved(size: float) -> World:
+        return made(step_policy(behavior, direction[blocks], size))
+
+    longest = 0.25
+    while not _spread_of(moved(longest)) >= spread:  # NaN too, where a probability of the target has vanished
+        longest *= 2.0
+        if longest > LARGEST_STEP:
+            raise ValueError(f"spread: {spread} nats cannot be reached in the {kind} world of seed {list(seed)}")
+    size = scipy.optimize.brentq(lambda size: _spread_of(moved(size)) - spread, 0.0, longest, xtol=1e-12, rtol=1e-12)
+    return _centered(moved(size))
+
+
+def _spread_of(world: World) -> float:
+    """Standard deviation of log rho_H, nats."""
+    moments = ratio_moments(world)
+    assert moments.var_log is not None
+    return math.sqrt(max(float(moments.var_log[-1]), 0.0))
 
 
 def _ngram(kind: str, horizon: int, rng: np.random.Generator) -> tuple[toy_lm.NGramProcess, np.ndarray]:
@@ -222,8 +230,6 @@ def one(
 ) -> dict[str, Any]:
     """Measure every estimator with every advantage on one world."""
     world = grid_world(kind, horizon, spread, parameters, step, seed)
-    moments = ratio_moments(world)
-    assert moments.var_log is not None
     rows = [
         {"advantage": name, **{key: value for key, value in vars(row).items() if key != "world"}}
         for name, (advantage, outcome) in ADVANTAGES.items()
@@ -236,8 +242,8 @@ def one(
         "horizon": world.mdp.horizon,
         "parameters": parameters if world.scores is None or kind != "transformer" else "network",
         "step": step,
-        "spread": float(math.sqrt(moments.var_log[-1])),
-        "sequence_ess": float(moments.ess_fraction[-1]),
+        "spread": _spread_of(world),
+        "sequence_ess": float(ratio_moments(world).ess_fraction[-1]),
         "rows": rows,
     }
 

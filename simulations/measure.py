@@ -73,7 +73,7 @@ class Measurement:
         total_variance_error: Its standard error.
         relative_variance: `total_variance` over that of the full-sequence estimator; NaN if either is.
         clip_rate: Share of policy tokens clipped under the behavior policy.
-        clip_rate_error: Its standard error.
+        clip_rate_error: Its standard error; 0 also where no sample was clipped.
         ess: Effective sample size of the weights that it applies as a share of the tokens, see
             `simulations.exact.WeightMoments`; NaN where too few trajectories carry the squared weights.
         ess_error: Its standard error.
@@ -395,12 +395,12 @@ class _Pass:
             for control in (None, *controls):
                 difference = summed if control is None else summed - control
                 from_center = difference - self.gradient if control is None else difference
-                square = np.einsum("nd,nd->n", from_center, from_center)
+                square = np.einsum("ij,ij->i", from_center, from_center)
                 differences.append(difference.sum(axis=0))
                 squares.append(square.sum())
                 fourths.append(square @ square)
                 along.append(((difference @ self.gradient) ** 2).sum())
-            heavy = np.einsum("nh,nh->n", found.weight, found.weight)
+            heavy = np.einsum("ij,ij->i", found.weight, found.weight)
             clipped = found.clipped_low | found.clipped_high | found.clipped_dual
             result.append(
                 _Sums(
@@ -409,7 +409,7 @@ class _Pass:
                     np.array(fourths),
                     np.array(along),
                     np.array([clipped.sum(), written.sum()], dtype=float),
-                    np.stack([written, found.weight.sum(axis=0), np.einsum("nh,nh->h", found.weight, found.weight)]),
+                    np.stack([written, found.weight.sum(axis=0), np.einsum("ij,ij->j", found.weight, found.weight)]),
                     np.array([heavy.sum(), heavy @ heavy]),
                 )
             )
