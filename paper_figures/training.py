@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from paper_figures import data, style
 from paper_figures.data import Learned, Results
@@ -61,7 +62,7 @@ def training(results: Results) -> Figure:
             else:
                 axes.set_ylabel("share of optimum")
             if row == len(problems) - 1:
-                axes.set_xlabel("updates")
+                axes.set_xlabel("updates (log scale)")
             else:
                 axes.tick_params(labelbottom=False)
     tables = rows[1].subgridspec(1, 2, wspace=0.02)
@@ -92,8 +93,12 @@ def _draw_curves(axes: Axes, runs: Sequence[Learned]) -> None:
             dashes = "--" if run.method == REFERENCE else "-"
             axes.fill_between(run.updates, run.curve["low"], run.curve["high"], color=color, alpha=0.15, linewidth=0)
             axes.plot(run.updates, run.curve["mean"], color=color, linewidth=width, linestyle=dashes, label=run.method)
-    axes.set_xlim(0, runs[0].updates[-1])
-    axes.set_xticks(np.linspace(0, runs[0].updates[-1], 3))
+    first, last = float(runs[0].updates[1]), float(runs[0].updates[-1])
+    axes.set_xscale("log")
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_locator(FixedLocator([first * 4**k for k in range(5) if first * 4**k <= last]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.plain(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _name_lines(axes: Axes, found: Sequence[Learned]) -> None:

@@ -481,7 +481,10 @@ def _tables(
     for row in rows:
         by_cell.setdefault((row["problem"], row["staleness"], row["variation"]), {})[row["method"]] = row
     plain = {cell: methods for cell, methods in by_cell.items() if cell[1] > 1 and not cell[2]}
-    test = f"Wilcoxon's test on the same seeds, Holm over the {len(verdicts) // 2} pairs of all cells, {LEVEL:.0%}"
+    test = (
+        f"Wilcoxon's test on the same seeds, Holm over the {len(verdicts) // 2} pairs of all cells, {LEVEL:.0%}; no "
+        "verdict either where most seeds and the mean disagree"
+    )
     yield {
         "title": "Which method learns most",
         "note": "Mean share of the optimum over training, each method with its own best learning rate and window "

@@ -609,8 +609,16 @@ def planted(gap: float, seed: int) -> dict:
 def test_a_planted_difference_is_found_and_no_other() -> None:
     for row in training.compare(planted(0.5, seed=15)):
         assert row["verdict"] == (row["first"] == "ctpo"), row
-    for row in training.compare(planted(-0.5, seed=16)):
+    rows = training.compare(planted(-0.5, seed=16))
+    for row in rows:
         assert row["verdict"] == -(row["first"] == "ctpo"), row
+    cell = ("items", 4, "")
+    verdicts = training._verdicts(rows)
+    assert (verdicts[cell, "ctpo", "grpo"], verdicts[cell, "grpo", "ctpo"], verdicts[cell, "gspo", "grpo"]) == (
+        -1,
+        1,
+        0,
+    )
 
 
 def test_without_a_difference_none_is_found() -> None:
