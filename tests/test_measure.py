@@ -301,6 +301,20 @@ def test_controls_shorten_the_error_bar_and_move_nothing(monkeypatch):
     assert errors["grpo"][0] < errors["grpo"][1] / 5
 
 
+def test_error_bars_without_controls_are_those_of_the_population(monkeypatch):
+    monkeypatch.setattr(module, "CONTROLS", {})
+    world, n = sampled_world(), 20_000
+    (found,) = measure(world, {"minpro": ctpo.ESTIMATORS["minpro"]}, samples=n, limit=0)
+    paths = enumerate_trajectories(world)
+    logp, behavior_logp = paths.log_probabilities()
+    advantages = paths.advantage("A_target")
+    weight = ctpo.ESTIMATORS["minpro"].coefficients(logp, behavior_logp, advantages, paths.mask).weight
+    covariance = paths.moments(paths.summed_scores(weight * advantages), covariance=True).covariance
+    gradient, size = paths.policy_gradient, found.gradient_norm
+    assert found.gain_error == pytest.approx(math.sqrt(gradient @ covariance @ gradient / n) / size**2, rel=0.03)
+    assert found.relative_bias_error == pytest.approx(math.sqrt(np.trace(covariance) / n) / size, rel=0.03)
+
+
 def test_what_samples_cannot_tell_is_nan_and_the_rest_is_told():
     world = random_chain(np.random.default_rng(0), n_states=6, n_actions=3, horizon=48, step=1.0)
     rows = {r.estimator: r for r in measure(world, ALL, samples=4000, limit=0)}
