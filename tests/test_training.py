@@ -656,6 +656,9 @@ def test_a_biased_method_shows_in_the_cosine() -> None:
         assert abs(distance(method)) < 4, method
     for method in ("grpo", "ctpo", "ctpo_mean", "gspo"):
         assert distance(method) > 10, method
+    # A critic that has learned quiets the estimate; one that has not would make it worse than no critic at all.
+    one = {method: values["one"][at] for method, values in found["methods"].items()}
+    assert one["dr_behavior"] > one["dr_learned"] > 1.5 * one["cumulative"] > one["sequence"] > 0
     near = {method: values["expected"][0] for method, values in found["methods"].items()}
     assert all(value > 0.9 for method, value in near.items() if METHODS[method].estimator.clip is None)
 
