@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -65,6 +66,7 @@ __all__ = [
     "RecordSettings",
     "Schedule",
     "Trace",
+    "load_recordings",
     "load_traces",
     "mean_word_length",
     "record",
@@ -702,9 +704,24 @@ RECORDINGS: dict[Path, tuple[RecordSettings, tuple[Prompt, ...]]] = {
     TRACES: (RecordSettings(), PROMPTS),
     **{
         _DATA / f"smollm2_135m_instruct_seed_{seed}.npz": (dataclasses.replace(_MORE, seed=seed), MORE_PROMPTS)
-        for seed in (1, 2)
+        for seed in (1,)
     },
 }
+
+
+@functools.cache
+def load_recordings() -> dict[str, dict[str, Trace]]:
+    """Read all of this project's recordings: "seed 0" and so on, then the traces by name, as `load_traces`.
+
+    Raises:
+        FileNotFoundError: One of `RECORDINGS` is missing.
+        ValueError: One is not a file of traces.
+
+    Example:
+        >>> list(load_recordings())
+        ['seed 0', 'seed 1']
+    """
+    return {f"seed {settings.seed}": load_traces(path) for path, (settings, _) in RECORDINGS.items()}
 
 
 def record(

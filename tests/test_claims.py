@@ -109,6 +109,11 @@ EXPECTED = {
     "13.epochs": "false",
     "R.mean": "true if",
     "R.truncation": "false",
+    "R.drift": "true if",
+    "R.second_moments": "true if",
+    "R.constant": "false",
+    "R.reused": "false",
+    "R.noise": "true if",
 }
 
 

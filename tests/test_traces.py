@@ -843,3 +843,89 @@ def test_recorded_trained_on_sequences_move_as_a_whole(real):
         used, held_out = (np.log(ratios(trace, rows)[:, -1]) for rows in (trace.used, trace.held_out))
         assert used.var() > 10 * held_out.var()
         assert np.corrcoef(used, trace.advantages[trace.used])[0, 1] > 0.8
+
+
+# --- The further recordings: other prompts and seeds, with exact divergences ---
+
+
+@pytest.fixture(scope="module", params=["seed 1"])
+def further(request):
+    return request.param, module.load_recordings()[request.param]
+
+
+def test_further_recordings_say_how_they_were_made(further):
+    recording, traces = further
+    path, (settings, prompts) = next(
+        (path, made) for path, made in module.RECORDINGS.items() if f"seed {made[0].seed}" == recording
+    )
+    assert path.stat().st_size < 1.7e6
+    assert {prompt.text for prompt in prompts}.isdisjoint(prompt.text for prompt in module.PROMPTS)
+    for trace in traces.values():
+        made = trace.provenance
+        assert made["model"] == "SmolLM2-135M-Instruct"
+        assert made["sha256"] == load_traces()["bfloat16"].provenance["sha256"]
+        assert made["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
+        assert made["prompts"] == [dataclasses.asdict(prompt) for prompt in prompts]
+        assert len(made["commit"]) == 40
+        assert made["dirty"] is False
+        assert not any(place in json.dumps(made) for place in ("/home", "/root", "/tmp", "/usr", "://"))
+        assert trace.logp.shape == (64, 160)
+
+
+def test_further_recordings_have_what_their_settings_ask_for(further):
+    _, traces = further
+    assert list(traces) == [
+        "temperature_0.98",
+        "bfloat16",
+        "bfloat16_batch_1",
+        "updates_1",
+        "updates_4",
+        "updates_8",
+        "updates_16",
+        "repeated_4",
+        "repeated_8",
+        "fast_4",
+        "fast_8",
+        "fast_repeated_8",
+    ]
+    counts = {name: [int(x.sum()) for x in (t.used, t.same_group, t.held_out)] for name, t in traces.items()}
+    assert counts["bfloat16"] == [0, 0, 64]
+    assert counts["updates_1"] == [4, 28, 32]
+    assert counts["updates_8"] == counts["updates_16"] == counts["fast_8"] == [32, 0, 32]
+    assert counts["repeated_4"] == counts["repeated_8"] == counts["fast_repeated_8"] == [8, 24, 32]
+    # Up to the last update of the first two mini-batches the schedules are one and the same.
+    first = [np.flatnonzero(traces[name].used) for name in ("repeated_8", "fast_repeated_8")]
+    assert first[0].tolist() == first[1].tolist()
+    assert set(first[0]) < set(np.flatnonzero(traces["updates_4"].used))
+    assert traces["temperature_0.98"].meta["sampler_minus_rescored"]["max_abs"] < 1e-3
+
+
+def test_further_recordings_hold_divergences_that_agree(further):
+    """For policies this close KL, half of chi-square and half of the variance of the log-ratio are nearly one."""
+    _, traces = further
+    for name, trace in traces.items():
+        kl, chi2, variance = (
+            np.asarray(x)[trace.mask].astype(float) for x in (trace.kl, trace.chi2, trace.log_variance)
+        )
+        assert min(kl.min(), chi2.min(), variance.min()) >= 0
+        # KL <= log(1 + chi2), up to the rounding of each to ten bits.
+        assert (kl <= np.log1p(chi2) * 1.003 + 1e-12).all(), name
+        if not name.startswith("fast"):
+            fresh = trace.mask & trace.held_out[:, None]
+            assert np.sum(trace.kl[fresh]) / np.sum(trace.log_variance[fresh]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_further_recordings_drift_by_their_divergence_where_nothing_was_trained(further):
+    scores, used = [], []
+    for trace in further[1].values():
+        moved = np.where(trace.mask, trace.logp.astype(float) - trace.behavior_logp + trace.kl, 0.0).sum(1)
+        variance = np.where(trace.mask, trace.log_variance, 0.0).astype(float).sum(1)
+        rows = trace.held_out
+        scores.append(moved[rows].sum() / math.sqrt(variance[rows].sum()))
+        # The square of a martingale averages its summed conditional variances: a chi-square over the sequences.
+        scores.append(((moved[rows] ** 2).sum() / variance[rows].sum() - 1) * math.sqrt(rows.sum() / 2))
+        if trace.used.any():
+            used.append((moved[trace.used] ** 2).sum() / variance[trace.used].sum())
+    assert within_error(np.array(scores))
+    # Negative control: trained-on sequences.
+    assert min(used) > 20
