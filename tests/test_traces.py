@@ -908,8 +908,8 @@ def test_further_recordings_hold_divergences_that_agree(further):
             np.asarray(x)[trace.mask].astype(float) for x in (trace.kl, trace.chi2, trace.log_variance)
         )
         assert min(kl.min(), chi2.min(), variance.min()) >= 0
-        # KL <= log(1 + chi2), up to the rounding of each to ten bits.
-        assert (kl <= np.log1p(chi2) * 1.003 + 1e-12).all(), name
+        assert np.median(kl / variance) == pytest.approx(0.5, abs=0.05), name
+        assert np.median(chi2 / variance) == pytest.approx(1.0, abs=0.15), name
         if not name.startswith("fast"):
             fresh = trace.mask & trace.held_out[:, None]
             assert np.sum(trace.kl[fresh]) / np.sum(trace.log_variance[fresh]) == pytest.approx(0.5, abs=0.03)
