@@ -197,7 +197,7 @@ NOTATION = (
 OVERVIEW = {"overview": "The claims at a glance."}
 #: Figures of the studies, and their captions.
 STUDY_FIGURES: dict[str, dict[str, str]] = {
-    "grid": {"which_ratio": "Which ratio, when."},
+    "grid": {"grid": "Which ratio, when."},
     "phase": {"phase": "Which estimator has the least mean squared error."},
     "training": {"training": "Learning curves of the toy study."},
 }

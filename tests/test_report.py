@@ -97,7 +97,7 @@ def test_studies_and_figures(tmp_path):
         verification(outcome("1.a")),
         {"grid": study},
         questions={"grid": "Which ratio?", "phase": "Least error?"},
-        figures={"overview": "one.png", "which_ratio": "one.png"},
+        figures={"overview": "one.png", "grid": "one.png"},
     )
     page = report.page(text, tmp_path)
     assert page.count('src="data:image/png;base64,') == 2
