@@ -69,7 +69,7 @@ VARIED_ON = ("exam", "plan")
 def tasks(seed: int, quick: bool) -> dict[str, dict[str, Any]]:
     """The tasks of the study, see `sweep.Study`."""
     names, stale = (("plan", "items"), (1, 16)) if quick else (tuple(PROBLEMS), STALENESS)
-    size = {"updates": 128, "seeds": 8, "tuning_seeds": 2} if quick else {"seeds": 64, "tuning_seeds": 8}
+    size = {"updates": 128, "seeds": 8, "tuning_seeds": 2} if quick else {"seeds": 48, "tuning_seeds": 8}
     found: dict[str, dict[str, Any]] = {}
     for name, staleness in itertools.product(names, stale):
         for method in ON_POLICY if staleness == 1 else METHODS:
@@ -424,7 +424,7 @@ def summary(found: Results) -> dict[str, Any]:
         "problems": [_problem_row(name) for name in dict.fromkeys(cell[0] for cell in cells)],
         "cells": rows,
         "curves": curves,
-        "tests": tests,
+        "tests": [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()} for row in tests],
         "gradients": [result for result in found.values() if "spread" in result],
         "tables": list(_tables(cells, rows, verdicts, found)),
     }
