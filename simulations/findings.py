@@ -34,12 +34,12 @@ SPREAD_NOTE = (
 )
 EXACT_NOTE = (
     "Sums over the whole vocabulary at each recorded prefix of the behavior, so without sampling error of the token; "
-    "standard errors over prompts. Drift/var: -(mean KL) / (mean Var_b(log r|s)), -1/2 for Gaussian log-ratios. CV and "
+    "standard errors over prompts. Updated targets on held-out sequences. Only power (of t in the spread of log rho_t) "
+    "and ESS are of the samples. Drift/var: -(mean KL) / (mean Var_b(log r|s)), -1/2 for Gaussian log-ratios. CV and "
     "top 1%: standard deviation of chi2(s) over its mean, and the share of its sum that the largest hundredth of "
     "prefixes holds; a prefix-constant chi2 has 0 and 1%. Late/early: mean chi2 from t = 65 on over that up to 16. "
     "Product error: log of E rho_T^2 (by the exact recursion over sampled prefixes) over the product formula's, in "
-    "percent of the log of the latter; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes. Updated targets on held-out "
-    "sequences."
+    "percent of the log of the latter; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes."
 )
 REUSE_NOTE = (
     "(log rho_T + sum of KL)^2 averages the sum of exact variances for a fixed target: 'excess' is the quotient, 1 for "
@@ -147,9 +147,13 @@ def _exact_row(name: str, trace: Trace, tokens: Tokens) -> dict[str, Any]:
     if tokens.log_ratio.sum(axis=1).var(ddof=1) <= LARGEST_VARIANCE:
         value, spread = _jackknifed(lambda rows: product_error(tokens.log_ratio[rows], tokens.chi2[rows]), group)
         error = _pm(100 * value, 100 * spread)
+    fit = diagnostics.fit_spread(trace.logp, trace.behavior_logp, trace.mask, groups=group, seed=0)
+    ess = diagnostics.effective_sample_size(stopped_log_ratio(trace)[:, -1]) / len(group)
     return {
         "pair": name,
         "sigma": _pm(np.sqrt(sigma2), sigma2_error / (2 * np.sqrt(sigma2))),
+        "power": _pm(fit.power, fit.power_se),
+        "ESS T": float(ess),
         "drift/var": _pm(drift, drift_error),
         "chi2/var": _pm(*clustered(chi2, variance, group)),
         "CV of chi2": float(every.std() / every.mean()),

@@ -112,6 +112,7 @@ EXPECTED = {
     "R.drift": "true if",
     "R.second_moments": "true if",
     "R.constant": "false",
+    "R.growth": "false",
     "R.reused": "false",
     "R.noise": "true if",
 }

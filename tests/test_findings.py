@@ -64,12 +64,14 @@ def test_jackknife_of_a_mean_is_the_clustered_error():
 # --- Made-up recordings: tokens from known distributions --------------------------------------------------------------
 
 
-def made_up(kind="temperature", *, n=64, length=80, size=0.08, used=False, seed=0, **changes):
+def made_up(kind="temperature", *, n=64, length=80, size=0.08, falling=False, used=False, seed=0, **changes):
     """Tokens of a vocabulary of 6 with new policies at every prefix, and the exact divergences by plain sums."""
     rng = np.random.default_rng(seed)
     shape = (n, length)
     logits = rng.normal(size=(*shape, 6))
     scale = size * np.exp(rng.normal(size=shape) / 2)[..., None]
+    if falling:
+        scale = scale / np.sqrt(1 + np.arange(length) / 10)[:, None]
     moved = logits + scale * rng.normal(size=logits.shape)
     b, pi = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, moved))
     token = (rng.random(shape)[..., None] > b.cumsum(-1)).sum(-1).clip(max=5)[..., None]
@@ -146,6 +148,17 @@ def test_trained_on_sequences_are_found_out_and_fresh_ones_are_not(monkeypatch):
     assert holds("R.reused")
     recorded(monkeypatch, made_up("update", used=False))
     assert not holds("R.reused")
+
+
+def test_growth_is_told_by_the_variance_of_late_tokens(monkeypatch):
+    recorded(monkeypatch, made_up("update", falling=True), made_up("precision"))
+    outcome = verify(CLAIMS["R.growth"], Context())
+    assert outcome.passed
+    trace = made_up("update", falling=True).select(np.arange(64) % 2 == 1)
+    early, late = (trace.log_variance[:, part][trace.mask[:, part]].mean() for part in (slice(0, 16), slice(64, None)))
+    assert outcome.evidence[0].numbers["late_over_early"]["seed 0, update"] == pytest.approx(late / early)
+    recorded(monkeypatch, made_up("update"))
+    assert not holds("R.growth")
 
 
 def test_tables_of_a_made_up_recording(monkeypatch):
