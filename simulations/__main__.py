@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", metavar="ID", help="ids (2.general) or groups (2); nothing is written without --output"
     )
     verifying.add_argument("--quick", action="store_true", help="fewer random worlds and samples")
-    verifying.add_argument("--evidence", action="store_true", help="print all the evidence, as --only does")
+    verifying.add_argument(
+        "--evidence", action="store_true", help="print all the evidence and the findings, as --only does"
+    )
     _add_sweep_options(verifying)
 
     measuring = commands.add_parser("measure", help="bias and variance of estimators on a world of your choice")
@@ -200,11 +202,11 @@ def verify_claims(options: argparse.Namespace) -> int:
             {"seed": options.seed, "quick": options.quick, "only": options.only, "jobs": options.jobs}
         ),
         "claims": claims,
-        "findings": findings.tables() if any(claim["id"].startswith("R.") for claim in claims) else [],
+        "findings": findings.tables({identifier.split(".")[0] for identifier in identifiers}),
     }
     data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
     console.print(tables.claims_table(claims, every=bool(options.evidence or options.only)))
-    for section in data["findings"]:
+    for section in data["findings"] if options.evidence or options.only else ():
         console.print(tables.plain_table(section["title"], section["rows"]))
         console.print(section["note"], style="dim")
     written = "a part of the claims: nothing was written"

@@ -6,7 +6,7 @@ failed; what must hold whatever they are is checked by the claims R.*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 import ctpo
 from ctpo import diagnostics
 from simulations import toy_lm
+from simulations.claims import released_loss, rollout_correction
 from simulations.claims.effective_sample_size import binary_world
 from simulations.claims.real_model import Tokens, exact_tokens, stopped_log_ratio
 from simulations.claims.registry import Context
@@ -67,8 +68,19 @@ def splits(traces: Mapping[str, Trace]) -> Iterator[tuple[str, Trace]]:
             yield name, trace
 
 
-def tables() -> list[dict[str, Any]]:
-    """Findings as tables: title, note and rows."""
+def tables(groups: Collection[str]) -> list[dict[str, Any]]:
+    """Findings that go with some groups of claims, as tables: group, title, note and rows."""
+    found: list[dict[str, Any]] = []
+    for group, make in (("10", released_loss.table), ("11", rollout_correction.table)):
+        if group in groups:
+            found.append({"group": group, **make()})
+    if "R" in groups:
+        found += [{"group": "R", **table} for table in recorded_tables()]
+    return found
+
+
+def recorded_tables() -> list[dict[str, Any]]:
+    """Findings on the recorded language model: title, note and rows."""
     spread, exact, reuse, clips = [], [], [], []
     recordings = load_recordings()
     for name, trace in splits(load_traces()):

@@ -312,8 +312,9 @@ def markdown(
         for outcome in outcomes:
             if outcome["id"].split(".")[0] in chapter.groups:
                 text += _claim(outcome)
-    for section in verification.get("findings", []):
-        text += _section(section)
+        for section in verification.get("findings", []):
+            if section["group"] in chapter.groups:
+                text += _section(section)
     for name, question in questions.items():
         text += [f'\n<a id="study-{name}"></a>\n', f"## Study: {_escaped(question)}\n"]
         if name not in studies:
@@ -321,7 +322,7 @@ def markdown(
             continue
         text += _figures(STUDY_FIGURES.get(name, {}), figures)
         for section in studies[name]["tables"]:
-            text += _section(section, level=3)
+            text += _section(section)
     text += ["\n## Where the numbers come from\n", *_provenance({"verification": verification, **studies})]
     return "\n".join(text) + "\n"
 
@@ -363,13 +364,13 @@ def _claim(outcome: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _section(section: Mapping[str, Any], level: int = 2) -> list[str]:
+def _section(section: Mapping[str, Any]) -> list[str]:
     rows = [
         {name: _escaped(value) if isinstance(value, str) else value for name, value in row.items()}
         for row in section["rows"]
     ]
     return [
-        f"\n{'#' * level} {_escaped(section['title'])}\n",
+        f"\n### {_escaped(section['title'])}\n",
         _escaped(section["note"]) + "\n",
         tables.markdown_rows(rows),
     ]

@@ -171,7 +171,7 @@ def made_up_claims(monkeypatch):
         claims = {"0.good": made_up(True, False), "0.other": made_up(second, False)}
         claims = {name: Claim(**{**vars(claim), "id": name}) for name, claim in claims.items()}
         monkeypatch.setattr(cli, "CLAIMS", claims)
-        monkeypatch.setattr("simulations.findings.tables", lambda: [])
+        monkeypatch.setattr("simulations.findings.tables", lambda _groups: [])
         monkeypatch.setattr("simulations.findings.series", lambda _context: {})
 
     return install

@@ -164,7 +164,7 @@ def test_growth_is_told_by_the_variance_of_late_tokens(monkeypatch):
 def test_tables_of_a_made_up_recording(monkeypatch):
     tempered, updated = made_up(), made_up("update", used=True, seed=1)
     recorded(monkeypatch, tempered, updated)
-    spread, exact, reuse, clips = findings.tables()
+    spread, exact, reuse, clips = findings.recorded_tables()
     assert [table["title"].split(":")[0] for table in (spread, exact, reuse, clips)] == ["Findings on Made-up"] * 4
     assert [row["pair"] for row in spread["rows"]] == ["temperature", "update, trained on", "update, held out"]
     mask, kl, variance, chi2 = tempered.mask, tempered.kl, tempered.log_variance, tempered.chi2
@@ -181,3 +181,10 @@ def test_tables_of_a_made_up_recording(monkeypatch):
     assert row["epochs"] == 1.0
     assert [row["pair"] for row in clips["rows"]] == ["temperature", "update, trained on", "update, held out"]
     assert set(clips["rows"][0]) == {"recording", "pair", *findings.WINDOWS, "ctpo centered"}
+
+
+def test_groups_choose_their_tables():
+    assert findings.tables({"1", "4"}) == []
+    found = findings.tables({"10", "11", "R"})
+    assert [section["group"] for section in found] == ["10", "11", "R", "R", "R", "R"]
+    assert all(section["title"] and section["note"] and section["rows"] for section in found)

@@ -36,7 +36,7 @@ def outcome(identifier: str, verdict: str = "true if", passed: bool = True) -> d
 
 
 def verification(*outcomes: dict) -> dict:
-    findings = [{"title": "Findings", "note": "of one model", "rows": [{"name": "x_1_y", "value": 0.5}]}]
+    findings = [{"group": "4", "title": "Findings", "note": "of one model", "rows": [{"name": "x_1_y", "value": 0.5}]}]
     return {"provenance": results.provenance({"seed": 3}), "claims": list(outcomes), "findings": findings}
 
 
@@ -88,6 +88,12 @@ def test_page_shows_the_text_as_it_is(tmp_path):
     ):
         assert shown in re.sub(r"\s+", " ", reader.text), shown
     assert {link[1:] for link in reader.links} == {"claim-1-a", "claim-4-b", "claim-99-c"} <= reader.ids
+
+
+def test_findings_stand_in_their_chapter():
+    text = report.markdown(verification(outcome("4.a"), outcome("5.a")))
+    assert text.index("### 4.a") < text.index("### Findings") < text.index("## 5. ")
+    assert "Findings" not in report.markdown(verification(outcome("5.a")))
 
 
 def test_studies_and_figures(tmp_path):
