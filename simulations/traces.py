@@ -704,7 +704,7 @@ RECORDINGS: dict[Path, tuple[RecordSettings, tuple[Prompt, ...]]] = {
     TRACES: (RecordSettings(), PROMPTS),
     **{
         _DATA / f"smollm2_135m_instruct_seed_{seed}.npz": (dataclasses.replace(_MORE, seed=seed), MORE_PROMPTS)
-        for seed in (1,)
+        for seed in (1, 2)
     },
 }
 
@@ -719,7 +719,7 @@ def load_recordings() -> dict[str, dict[str, Trace]]:
 
     Example:
         >>> list(load_recordings())
-        ['seed 0', 'seed 1']
+        ['seed 0', 'seed 1', 'seed 2']
     """
     return {f"seed {settings.seed}": load_traces(path) for path, (settings, _) in RECORDINGS.items()}
 

@@ -848,7 +848,7 @@ def test_recorded_trained_on_sequences_move_as_a_whole(real):
 # --- The further recordings: other prompts and seeds, with exact divergences ---
 
 
-@pytest.fixture(scope="module", params=["seed 1"])
+@pytest.fixture(scope="module", params=["seed 1", "seed 2"])
 def further(request):
     return request.param, module.load_recordings()[request.param]
 
