@@ -16,7 +16,7 @@ from ctpo import diagnostics
 from simulations import toy_lm
 from simulations.claims import released_loss, rollout_correction
 from simulations.claims.effective_sample_size import binary_world
-from simulations.claims.real_model import Tokens, exact_tokens, stopped_log_ratio
+from simulations.claims.real_model import Tokens, exact_power, exact_tokens, stopped_log_ratio
 from simulations.claims.registry import Context
 from simulations.exact import ratio_moments
 from simulations.mdp import random_chain
@@ -35,12 +35,12 @@ SPREAD_NOTE = (
 )
 EXACT_NOTE = (
     "Sums over the whole vocabulary at each recorded prefix of the behavior, so without sampling error of the token; "
-    "standard errors over prompts. Updated targets on held-out sequences. Only power (of t in the spread of log rho_t) "
-    "and ESS are of the samples. Drift/var: -(mean KL) / (mean Var_b(log r|s)), -1/2 for Gaussian log-ratios. CV and "
-    "top 1%: standard deviation of chi2(s) over its mean, and the share of its sum that the largest hundredth of "
-    "prefixes holds; a prefix-constant chi2 has 0 and 1%. Late/early: mean chi2 from t = 65 on over that up to 16. "
-    "Product error: log of E rho_T^2 (by the exact recursion over sampled prefixes) over the product formula's, in "
-    "percent of the log of the latter; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes."
+    "standard errors over prompts (jackknife for power and product error). Updated targets on held-out sequences. "
+    "Power: of t in the root of the summed exact variances of log r. Only ESS is of the sampled tokens. Drift/var: "
+    "-(mean KL) / (mean Var_b(log r|s)), -1/2 for Gaussian log-ratios. CV and top 1%: standard deviation of chi2(s) "
+    "over its mean, and the share of its sum that the largest hundredth of prefixes holds; a prefix-constant chi2 has 0 "
+    "and 1%. Late/early: mean chi2 from t = 65 on over that up to 16. Product error: log of E rho_T^2 over that of the "
+    "product formula, minus 1, in percent; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes."
 )
 REUSE_NOTE = (
     "(log rho_T + sum of KL)^2 averages the sum of exact variances for a fixed target: 'excess' is the quotient, 1 for "
@@ -124,18 +124,19 @@ def clustered(numerator: np.ndarray, denominator: np.ndarray, group: np.ndarray)
 
 
 def product_error(log_ratio: np.ndarray, chi2: np.ndarray) -> float:
-    """Log of E rho_T^2 over the product formula's value, relative to the log of the latter.
+    """Log of E rho_T^2 over the log of the product formula's value, minus 1.
 
-    With chi2(s_t) known exactly, m_t = m_(t-1) + E[rho_(t-1)^2 chi2(s_t)] needs no sample of the last token.
+    E rho_t^2 = E rho_(t-1)^2 (1 + the mean of chi2(s_t) weighted by rho_(t-1)^2): next to the plain mean of the product
+    formula, the weighted one shows the covariance alone, and most noise of the weights cancels.
 
     Args:
         log_ratio: log r_t of the sampled tokens, 0 after the end of a sequence, shape (n, T).
         chi2: chi2(s_t) at their prefixes, 0 after the end, shape (n, T).
     """
     before = np.cumsum(log_ratio, axis=1) - log_ratio
-    second = 1.0 + (np.exp(2 * before) * chi2).mean(axis=0).sum()
-    product = np.log1p(chi2.mean(axis=0)).sum()
-    return float(np.log(second) / product - 1.0)
+    weight = np.exp(2 * before)
+    weighted = (weight * chi2).sum(axis=0) / weight.sum(axis=0)
+    return float(np.log1p(weighted).sum() / np.log1p(chi2.mean(axis=0)).sum() - 1.0)
 
 
 def _jackknifed(statistic: Callable[[np.ndarray], float], group: np.ndarray) -> tuple[float, float]:
@@ -159,12 +160,12 @@ def _exact_row(name: str, trace: Trace, tokens: Tokens) -> dict[str, Any]:
     if tokens.log_ratio.sum(axis=1).var(ddof=1) <= LARGEST_VARIANCE:
         value, spread = _jackknifed(lambda rows: product_error(tokens.log_ratio[rows], tokens.chi2[rows]), group)
         error = _pm(100 * value, 100 * spread)
-    fit = diagnostics.fit_spread(trace.logp, trace.behavior_logp, trace.mask, groups=group, seed=0)
+    power = _jackknifed(lambda rows: exact_power(tokens.log_variance[rows], tokens.mask[rows]), group)
     ess = diagnostics.effective_sample_size(stopped_log_ratio(trace)[:, -1]) / len(group)
     return {
         "pair": name,
         "sigma": _pm(np.sqrt(sigma2), sigma2_error / (2 * np.sqrt(sigma2))),
-        "power": _pm(fit.power, fit.power_se),
+        "power": _pm(*power),
         "ESS T": float(ess),
         "drift/var": _pm(drift, drift_error),
         "chi2/var": _pm(*clustered(chi2, variance, group)),

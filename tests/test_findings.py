@@ -150,6 +150,17 @@ def test_trained_on_sequences_are_found_out_and_fresh_ones_are_not(monkeypatch):
     assert not holds("R.reused")
 
 
+@pytest.mark.parametrize("power", [0.2, 0.5, 1.0])
+def test_exact_power_of_a_power_law(power):
+    t = np.arange(1, 101.0)
+    variance = np.diff(np.concatenate([[0.0], 0.3 * t ** (2 * power)]))
+    mask = np.tile(np.arange(100) < 100, (4, 1))
+    # One sequence ends early; where fewer than half go on, nothing is read.
+    mask[0, 50:] = mask[1, 80:] = mask[2, 90:] = False
+    found = real_model.exact_power(np.where(mask, np.where(t <= 90, variance, 99.0), 0.0), mask)
+    assert found == pytest.approx(power, abs=1e-9)
+
+
 def test_growth_is_told_by_the_variance_of_late_tokens(monkeypatch):
     recorded(monkeypatch, made_up("update", falling=True), made_up("precision"))
     outcome = verify(CLAIMS["R.growth"], Context())
