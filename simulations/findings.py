@@ -39,8 +39,8 @@ EXACT_NOTE = (
     "Power: of t in the root of the summed exact variances of log r. Only ESS is of the sampled tokens. Drift/var: "
     "-(mean KL) / (mean Var_b(log r|s)), -1/2 for Gaussian log-ratios. CV and top 1%: standard deviation of chi2(s) "
     "over its mean, and the share of its sum that the largest hundredth of prefixes holds; a prefix-constant chi2 has "
-    "0 and 1%. Late/early: mean chi2 from t = 65 on over that up to 16. Product error: log of E rho_T^2 over that of the "
-    "product formula, minus 1, in percent; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes."
+    "0 and 1%. Late/early: mean chi2 from t = 65 on over that up to 16. Product error: log of E rho_T^2 over that of "
+    "the product formula, minus 1, in percent; 0 if Cov_b(rho_(t-1)^2, chi2(s_t)) vanishes."
 )
 REUSE_NOTE = (
     "(log rho_T + sum of KL)^2 averages the sum of exact variances for a fixed target: 'excess' is the quotient, 1 for "
