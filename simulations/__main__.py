@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -294,7 +294,7 @@ def run_measurement(options: argparse.Namespace) -> int:
         seed=options.seed,
         jobs=options.jobs,
     )
-    rows = [asdict(row) for row in found]
+    rows = [dataclasses.asdict(row) for row in found]
     shown = [
         {
             "estimator": row.estimator,
@@ -363,13 +363,20 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    models = ("smollm2", "transformer")
-    parser.add_argument("what", nargs="?", choices=models, default=models[0], help="model to record")
-    parser.add_argument("--output", type=_file, help="file to write (default: the committed one)")
-    parser.add_argument("--seed", type=_natural, default=0)
+    kinds = ("smollm2", "smollm2_more", "transformer")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=kinds,
+        default=kinds[0],
+        help="smollm2: the first recording (seed 0); smollm2_more: other prompts with exact divergences at every "
+        "prefix (seeds 1 and 2); transformer: the tiny transformer's world",
+    )
+    parser.add_argument("--output", type=_file, help="file to write (default: the committed one of that seed)")
+    parser.add_argument("--seed", type=_natural, help="default: 0 for smollm2, 1 for smollm2_more")
     parser.add_argument("--threads", type=_positive, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--responses", type=_positive, default=16, help="sampled for each prompt, even (default 16)")
-    parser.add_argument("--tokens", type=_positive, default=256, help="most new tokens of a response (default 256)")
+    parser.add_argument("--responses", type=_positive, help="sampled for each prompt, even (default: as committed)")
+    parser.add_argument("--tokens", type=_positive, help="most new tokens of a response (default: as committed)")
 
 
 def record_traces(options: argparse.Namespace) -> int:
@@ -389,11 +396,17 @@ def _record(options: argparse.Namespace) -> int:
         toy_lm.record_transformer_world(path)
         print(f"tiny transformer written to {_shown(path)}")
         return 0
-    settings = traces.RecordSettings(
-        seed=options.seed, threads=options.threads, responses=options.responses, tokens=options.tokens
-    )
-    path = options.output or traces.TRACES
-    recorded = traces.record(path, settings=settings)
+    committed = {settings.seed: (path, settings, prompts) for path, (settings, prompts) in traces.RECORDINGS.items()}
+    first = 1 if options.what == "smollm2_more" else 0
+    seed = first if options.seed is None else options.seed
+    _, settings, prompts = committed[first]
+    given = {name: getattr(options, name) for name in ("threads", "responses", "tokens")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(settings, seed=seed, **changes)
+    if options.output is None and (seed not in committed or (seed == 0) != (first == 0)):
+        raise ValueError(f"--output: needed, as seed {seed} of {options.what} is not a recording of this project")
+    path = options.output or committed[seed][0]
+    recorded = traces.record(path, settings=settings, prompts=prompts)
     print(f"{len(recorded)} traces written to {_shown(path)}")
     return 0
 

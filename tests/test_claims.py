@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simulations import __main__ as cli
-from simulations import results
+from simulations import results, traces
 from simulations.claims import CLAIMS, Claim, Context, Evidence, verify
 from simulations.exact import exact_log2
 
@@ -324,6 +324,35 @@ def test_record_says_what_to_install(monkeypatch, tmp_path, capsys):
     assert cli.main(["record", "--output", str(tmp_path / "traces.npz")]) == 2
     assert "No module named 'transformers'; recording needs more packages: pip install" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "seed", "tokens"),
+    [
+        ([], "smollm2_135m_instruct.npz", 0, 256),
+        (["smollm2_more"], "smollm2_135m_instruct_seed_1.npz", 1, 160),
+        (["smollm2_more", "--seed", "2", "--tokens", "8"], "smollm2_135m_instruct_seed_2.npz", 2, 8),
+        (["smollm2_more", "--seed", "7", "--output", "seven.npz"], "seven.npz", 7, 160),
+    ],
+)
+def test_record_repeats_a_recording(monkeypatch, capsys, arguments, file, seed, tokens):
+    asked = []
+
+    def fake(path, *, settings, prompts):
+        asked.append((path.name, settings.seed, settings.tokens, prompts))
+        return {}
+
+    monkeypatch.setattr("simulations.traces.record", fake)
+    assert cli.main(["record", *arguments]) == 0
+    prompts = traces.MORE_PROMPTS if "smollm2_more" in arguments else traces.PROMPTS
+    assert asked == [(file, seed, tokens, prompts)]
+
+
+@pytest.mark.parametrize("arguments", [["smollm2", "--seed", "1"], ["smollm2_more", "--seed", "0"]])
+def test_record_overwrites_no_other_recording(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("simulations.traces.record", lambda *_a, **_k: pytest.fail("recorded"))
+    assert cli.main(["record", *arguments]) == 2
+    assert "--output: needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--jobs", "0"], ["--seed", "-1"], ["--jobs", "many"]])
