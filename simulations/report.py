@@ -45,17 +45,18 @@ CHAPTERS = (
         "1. The cumulative ratio is a martingale, and its variance grows",
         "Section 3.1 and Prop. 2(i): the ratio has mean 1, and Var(rho_t) < Var(rho_H) without any distributional "
         "assumption.",
-        "True with full-support sampling and a target fixed beforehand. Under top-p or top-k sampling the mean "
-        "falls below 1, and among the sequences still running neither mean nor variance need behave. The strict "
-        "inequality needs policies that differ on something the target can still reach. No unbiased weight of the "
-        "first t tokens has less variance.",
+        "Both hold with full-support sampling and a target fixed beforehand. Under top-p or top-k sampling the "
+        "mean falls below 1, and among the sequences still running neither mean nor variance need behave. The "
+        "strict inequality needs policies that differ on something the target can still reach. No unbiased weight "
+        "of the first t tokens has less variance.",
         {"exact_sampled": "Exact moments of the ratio against samples."},
     ),
     Chapter(
         ("2", "2r"),
         "2. How fast the variance grows",
-        "Prop. 2(ii): with independent token ratios Var(rho_t) is a product of the tokens' chi-square divergences, and "
-        "the full sequence's variance exceeds it by a factor that grows as (1+d)^(H-t) and tends to H/t.",
+        "Prop. 2(ii): with independent token ratios Var(rho_t) is a product of the tokens' chi-square "
+        "divergences, and the full sequence's variance exceeds it by a factor that grows as (1+d)^(H-t) and tends "
+        "to H/t.",
         "An exact recursion holds always, with divergences averaged under a tilted policy. The product formula is "
         "true where the divergence is the same after every prefix; elsewhere it can err in either direction, "
         "exponentially in t. The printed factor tends to 1, not to H/t; the exact ratio lies between two bounds.",
@@ -64,18 +65,18 @@ CHAPTERS = (
     Chapter(
         ("3", "T1"),
         "3. Which ratio is unbiased",
-        "Prop. 1 and Table 1: the cumulative ratio is unbiased for a token-level advantage, the token ratio and GSPO "
-        "are biased, the full-sequence ratio is unbiased with more variance.",
-        "True with an exact advantage, exactly, on every world tried. The token ratio, GSPO and the cumulative "
-        "mean are biased even then, and can point the wrong way.",
+        "Prop. 1 and Table 1: the cumulative ratio is unbiased for a token-level advantage, the token ratio and "
+        "GSPO are biased, the full-sequence ratio is unbiased with more variance.",
+        "The cumulative ratio is, with an exact advantage: exactly, on every world tried. The token ratio, GSPO "
+        "and the cumulative mean are biased even then, and can point the wrong way.",
         {"bias_variance": "Bias and variance of the ratios of Table 1."},
     ),
     Chapter(
         ("4",),
         "4. Outcome rewards",
-        "The paper's objective multiplies the prefix ratio by a group-relative outcome advantage, which depends on "
-        "tokens after t; Prop. 1 does not cover it.",
-        "So the case that is trained is a biased one: each token is credited for a future that the old policy "
+        "The paper's objective multiplies the prefix ratio by a group-relative outcome advantage, which depends "
+        "on tokens after t; Prop. 1 does not cover it.",
+        "The case that is trained is a biased one: each token is credited for a future that the old policy "
         "writes. The sign can be wrong. To first order in the step the cumulative ratio removes exactly half of "
         "the token ratio's bias. Four alternatives are unbiased.",
         {},
@@ -84,10 +85,10 @@ CHAPTERS = (
         ("5",),
         "5. The gradient that is summed",
         "Prop. 2 orders the variance of one token's weight. What an optimizer sees is the sum over tokens.",
-        "The order need not carry over to the sum: with shared parameters the full-sequence estimator can even "
-        "have variance 0. It does carry over, in total, where scores at different positions are orthogonal. In "
-        "the families tried the prefix weight was nearly always quieter far from on-policy, and about every other "
-        "time close to it.",
+        "The order of single terms need not carry over to their sum: with shared parameters the full-sequence "
+        "estimator can even have variance 0. It does carry over, in total, where scores at different positions "
+        "are orthogonal. In the families tried the prefix weight was nearly always quieter far from on-policy, "
+        "and about every other time close to it.",
         {},
     ),
     Chapter(
@@ -102,21 +103,21 @@ CHAPTERS = (
     Chapter(
         ("7",),
         "7. Spread, drift and the sqrt(t) window",
-        "Section 3.3 and Fig. 1: Var(log rho_t) = t sigma^2, so clip bounds that grow as sqrt(t) give a clip rate that "
-        "is flat in t, at 5 to 10 %.",
+        "Section 3.3 and Fig. 1: Var(log rho_t) = t sigma^2, so clip bounds that grow as sqrt(t) give a clip rate "
+        "that is flat in t, at 5 to 10 %.",
         "Genuine log-ratios fall by the divergence, token after token, so a window around 0 of any power below 1 "
         "is left downwards sooner or later (Gaussian and binary tokens, and three Markov worlds; the general "
         "proof is not part of this check). At the paper's spreads the released window clips 28 to 33 % of the "
         "tokens with negative advantage at t = 100 and 77 to 87 % at 8000. A window that follows the drift is "
-        "flat; its bias is not smaller.",
+        "flat; its bias need not be smaller.",
         {"spread_synthetic": "Spread and drift on synthetic worlds."},
     ),
     Chapter(
         ("8",),
         "8. Effective sample size",
         "How many samples' worth of information is left at position t.",
-        "The population's falls with t, at the paper's spread by half within some 450 to 620 tokens. That of one "
-        "batch need not, and over long sequences it flatters.",
+        "The population's effective sample size falls with t, at the paper's spread by half within some 450 to "
+        "620 tokens. That of one batch need not, and over long sequences it flatters.",
         {},
     ),
     Chapter(
@@ -138,8 +139,8 @@ CHAPTERS = (
     Chapter(
         ("11",),
         "11. A third policy: the sampler's own probabilities",
-        "The inference engine that sampled the tokens is not the old policy; the released code corrects by a truncated "
-        "weight of the whole sequence.",
+        "The inference engine that sampled the tokens is not the old policy; the released code corrects by a "
+        "truncated weight of the whole sequence.",
         "The prefix's correction is unbiased as the whole sequence's is, and never noisier per token: giving the "
         "sampler's log-probabilities as behavior policy is all that is needed. The cap is not harmless.",
         {},
@@ -148,15 +149,15 @@ CHAPTERS = (
         ("12",),
         "12. Numerical noise",
         "Spread of log rho that grows as sqrt(t) is usually read as the policy having changed.",
-        "It is not by itself: logits that are rounded and normalized again give an unchanged policy the same law, "
-        "drift included. Measure the floor with unchanged weights.",
+        "Spread alone does not show it: logits that are rounded and normalized again give an unchanged policy the "
+        "same law, drift included. Measure the floor with unchanged weights.",
         {},
     ),
     Chapter(
         ("13",),
         "13. Ratios on the data that the policy was trained on",
         "Every identity above needs the target fixed before the data were drawn. A second epoch breaks that.",
-        "On a sequence that was trained on, the ratio's mean is not 1 and its logarithm spreads like t. More "
+        "On a sequence that was trained on, the ratio's mean is not 1 and its logarithm can spread like t. More "
         "mini-batches are safe where more epochs are not, if no group is split.",
         {},
     ),
