@@ -46,9 +46,9 @@ CHAPTERS = (
         "Section 3.1 and Prop. 2(i): the ratio has mean 1, and Var(rho_t) < Var(rho_H) without any distributional "
         "assumption.",
         "Both hold with full-support sampling and a target fixed beforehand. Under top-p or top-k sampling the "
-        "mean falls below 1, and among the sequences still running neither mean nor variance need behave. The "
-        "strict inequality needs policies that differ on something the target can still reach. No unbiased weight "
-        "of the first t tokens has less variance.",
+        "mean falls below 1 if the sampler is scored as it sampled, and among the sequences still running neither "
+        "mean nor variance need behave. The strict inequality needs policies that differ on something the target "
+        "can still reach. No weight that is right for every function of the first t tokens has less variance.",
         {"exact_sampled": "Exact moments of the ratio against samples."},
     ),
     Chapter(
@@ -57,9 +57,10 @@ CHAPTERS = (
         "Prop. 2(ii): with independent token ratios Var(rho_t) is a product of the tokens' chi-square "
         "divergences, and the full sequence's variance exceeds it by a factor that grows as (1+d)^(H-t) and tends "
         "to H/t.",
-        "An exact recursion holds always, with divergences averaged under a tilted policy. The product formula is "
-        "true where the divergence is the same after every prefix; elsewhere it can err in either direction, "
-        "exponentially in t. The printed factor tends to 1, not to H/t; the exact ratio lies between two bounds.",
+        "An exact recursion holds under absolute continuity, with divergences averaged under a tilted policy. The "
+        "product formula is true where the divergence is the same after every prefix; elsewhere it can err in "
+        "either direction, exponentially in t. The printed factor tends to 1, not to H/t; the exact ratio lies "
+        "between two bounds.",
         {},
     ),
     Chapter(
@@ -67,8 +68,9 @@ CHAPTERS = (
         "3. Which ratio is unbiased",
         "Prop. 1 and Table 1: the cumulative ratio is unbiased for a token-level advantage, the token ratio and "
         "GSPO are biased, the full-sequence ratio is unbiased with more variance.",
-        "The cumulative ratio is, with an exact advantage: exactly, on every world tried. The token ratio, GSPO "
-        "and the cumulative mean are biased even then, and can point the wrong way.",
+        "With the exact advantage of the target policy the cumulative ratio is unbiased, exactly so on every "
+        "world tried; a learned critic's error is a bias of its own. The token ratio, GSPO and the cumulative "
+        "mean are biased even then, and can point the wrong way.",
         {"bias_variance": "Bias and variance of the ratios of Table 1."},
     ),
     Chapter(
@@ -77,8 +79,9 @@ CHAPTERS = (
         "The paper's objective multiplies the prefix ratio by a group-relative outcome advantage, which depends "
         "on tokens after t; Prop. 1 does not cover it.",
         "The case that is trained is a biased one: each token is credited for a future that the old policy "
-        "writes. The sign can be wrong. To first order in the step the cumulative ratio removes exactly half of "
-        "the token ratio's bias. Four alternatives are unbiased.",
+        "writes. The sign can be wrong. Along the update direction, to first order, the cumulative ratio has "
+        "exactly half of the token ratio's bias; in other directions it can have all of it or none. Four "
+        "alternatives are unbiased.",
         {},
     ),
     Chapter(
@@ -87,17 +90,19 @@ CHAPTERS = (
         "Prop. 2 orders the variance of one token's weight. What an optimizer sees is the sum over tokens.",
         "The order of single terms need not carry over to their sum: with shared parameters the full-sequence "
         "estimator can even have variance 0. It does carry over, in total, where scores at different positions "
-        "are orthogonal. In the families tried the prefix weight was nearly always quieter far from on-policy, "
-        "and about every other time close to it.",
+        "are orthogonal and the advantage is known at its token. In the families tried the prefix weight was "
+        "nearly always quieter far from on-policy, and about every other time close to it.",
         {},
     ),
     Chapter(
         ("6",),
         "6. Group baselines, standard deviations, lengths and clips",
         "The objective has a group-relative advantage, a factor 1/|o| and a clip; each is usually taken for harmless.",
-        "The group's mean only rescales and leave-one-out changes nothing, if ratios are used. Division by the "
-        "standard deviation can turn the gradient around with three reward levels, division by the length with "
-        "two. A clip's bias is what it cuts under the target policy, which the logged rate does not show.",
+        "The group's mean only rescales and leave-one-out changes nothing under unclipped token, cumulative or "
+        "sequence ratios; under GSPO's ratio or a clip the baseline is part of the objective. Division by the "
+        "standard deviation can turn one prompt's gradient around with three reward levels, division by the "
+        "length with two. A clip's bias is what it cuts under the target policy, which the logged rate does not "
+        "show.",
         {},
     ),
     Chapter(
@@ -107,9 +112,9 @@ CHAPTERS = (
         "that is flat in t, at 5 to 10 %.",
         "Genuine log-ratios fall by the divergence, token after token, so a window around 0 of any power below 1 "
         "is left downwards sooner or later (Gaussian and binary tokens, and three Markov worlds; the general "
-        "proof is not part of this check). At the paper's spreads the released window clips 28 to 33 % of the "
-        "tokens with negative advantage at t = 100 and 77 to 87 % at 8000. A window that follows the drift is "
-        "flat; its bias need not be smaller.",
+        "proof is not part of this check). At the paper's spreads the released window leaves 28 to 33 % of the "
+        "tokens with negative advantage below it at t = 100 and 77 to 87 % at 8000. A window that follows the "
+        "drift is flat for Gaussian ratios of one speed; its bias need not be smaller.",
         {"spread_synthetic": "Spread and drift on synthetic worlds."},
     ),
     Chapter(
@@ -125,7 +130,8 @@ CHAPTERS = (
         "9. Stop-gradient or the product itself",
         "The released code lets no gradient flow through earlier tokens; differentiating the printed formula does.",
         "Two estimators share one formula. With the current policy's advantage both are unbiased; with the "
-        "sampler's only the literal derivative is; with an outcome reward neither.",
+        "sampler's only the literal derivative is; with an outcome reward neither, and the literal derivative not "
+        "even on-policy.",
         {},
     ),
     Chapter(
@@ -141,8 +147,9 @@ CHAPTERS = (
         "11. A third policy: the sampler's own probabilities",
         "The inference engine that sampled the tokens is not the old policy; the released code corrects by a "
         "truncated weight of the whole sequence.",
-        "The prefix's correction is unbiased as the whole sequence's is, and never noisier per token: giving the "
-        "sampler's log-probabilities as behavior policy is all that is needed. The cap is not harmless.",
+        "With an advantage known at its token the prefix's correction is unbiased as the whole sequence's is, and "
+        "never noisier per token: it is enough to give the sampler's log-probabilities as behavior policy. With "
+        "an outcome reward it is not. The cap is not harmless.",
         {},
     ),
     Chapter(
@@ -157,8 +164,9 @@ CHAPTERS = (
         ("13",),
         "13. Ratios on the data that the policy was trained on",
         "Every identity above needs the target fixed before the data were drawn. A second epoch breaks that.",
-        "On a sequence that was trained on, the ratio's mean is not 1 and its logarithm can spread like t. More "
-        "mini-batches are safe where more epochs are not, if no group is split.",
+        "On a sequence that was trained on, the ratio's mean is not 1 and its logarithm can spread like t. At the "
+        "same number of updates disjoint mini-batches keep its mean at 1 where more epochs do not, if no group is "
+        "split; they cost more samples.",
         {},
     ),
     Chapter(
@@ -286,9 +294,10 @@ def markdown(
         "# Importance ratios for language-model policy gradients: what holds, and what does not\n",
         f"{good} of {len(outcomes)} claims verified as expected. The paper is arXiv:2605.07331. A claim that is **true "
         "if** is true under the assumption stated and can fail without it; one that is **false** passes when its "
-        "counterexample is confirmed. Every claim also has a negative control, a deliberately wrong formula or input "
-        "that the same check must reject. What is checked on random worlds is verified on those worlds, exactly where "
-        "the engine is enumeration or dynamic programming, and not proven in general.\n",
+        "counterexample is confirmed. Every claim also has a negative control, a formula or input for which the "
+        "verdict is wrong, that at least one comparison of the same check must reject. What is checked on random "
+        "worlds is verified on those worlds, exactly where the engine is enumeration or dynamic programming, and not proven "
+        "in general.\n",
         *_figures(OVERVIEW, figures),
         "## Notation\n",
         tables.markdown_rows([{"symbol": _escaped(name), "meaning": _escaped(text)} for name, text in NOTATION]),

@@ -2,8 +2,9 @@
 
 A claim has an id, a statement, its assumptions and the verdict we expect: "true", "true if" (under the stated
 assumptions; without them it can fail) or "false". A false claim passes when its counterexample is confirmed. Each
-check takes the thing under test, its `subject`, as an argument; run once more on a deliberately wrong subject (the
-negative control) the very same check must fail, or it could not have told right from wrong.
+check takes the thing under test, its `subject`, as an argument; run once more on a subject for which the verdict is
+wrong (the negative control) at least one comparison of the very same check must fail, or it could not have told right
+from wrong.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Claim:
         source: Where it is claimed.
         check: The check.
         subject: The correct thing to check.
-        control: A wrong subject that must fail the same check.
+        control: A subject for which the verdict is wrong, which must fail the same check.
         control_name: What is wrong about it.
         conclusion: What a practitioner should do or conclude, in plain words, no stronger than verified.
     """
