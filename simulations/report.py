@@ -296,8 +296,8 @@ def markdown(
         "if** is true under the assumption stated and can fail without it; one that is **false** passes when its "
         "counterexample is confirmed. Every claim also has a negative control, a formula or input for which the "
         "verdict is wrong, that at least one comparison of the same check must reject. What is checked on random "
-        "worlds is verified on those worlds, exactly where the engine is enumeration or dynamic programming, and not proven "
-        "in general.\n",
+        "worlds is verified on those worlds, exactly where the engine is enumeration or dynamic programming, and not "
+        "proven in general.\n",
         *_figures(OVERVIEW, figures),
         "## Notation\n",
         tables.markdown_rows([{"symbol": _escaped(name), "meaning": _escaped(text)} for name, text in NOTATION]),
