@@ -25,12 +25,11 @@ ASSUMPTION_LABEL = {"true": "note", "true if": "if", "false": "why"}
 def claims_table(outcomes: Sequence[Mapping[str, Any]], *, every: bool = True) -> Table:
     """The table that `verify` prints: one row per claim, with its first evidence and what missed, or with all of it."""
     table = Table(title="Claims about importance ratios", show_lines=True, title_justify="left", expand=True)
-    table.add_column("claim", no_wrap=True)
+    table.add_column("claim, verdict", no_wrap=True)
     table.add_column("statement", ratio=5)
-    table.add_column("verdict", no_wrap=True)
     table.add_column(
         "evidence (by enumeration, dynamic programming, Monte Carlo, formula, recording)",
-        ratio=7,
+        ratio=7 if every else 4,
     )
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("pass", no_wrap=True)
@@ -48,9 +47,11 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]], *, every: bool = True) -
             evidence.append(f"\nnegative control not rejected: {outcome['control']}", style="bold red")
         passed = Text("yes", style="green") if outcome["passed"] else Text("NO", style="bold red")
         statement = Text(outcome["statement"])
-        statement.append(f"\n{ASSUMPTION_LABEL[outcome['verdict']]}: {outcome['assumptions']}", style="dim")
+        if every or outcome["verdict"] != "true":
+            statement.append(f"\n{ASSUMPTION_LABEL[outcome['verdict']]}: {outcome['assumptions']}", style="dim")
         seconds = f"{outcome['seconds']:.1f}"
-        table.add_row(outcome["id"], statement, Text(outcome["verdict"]), evidence, seconds, passed)
+        claim = Text.assemble(outcome["id"], (f"\n{outcome['verdict']}", "bold"))
+        table.add_row(claim, statement, evidence, seconds, passed)
     return table
 
 
