@@ -156,8 +156,8 @@ def doubly_robust(
 
     .. math:: A_t = c_t + Y_{t+1} - v_t, \qquad Y_t = v_t + r_t (c_t - q_t) + r_t Y_{t+1}, \qquad Y_{H+1} = 0
 
-    The critic only reduces variance; `per_decision` is the case q = v = 0. With the target policy's own q and
-    v and deterministic rewards, A_t is q_t - v_t on every path.
+    The critic changes the variance only, up or down; `per_decision` is the case q = v = 0. With the target
+    policy's own q and v and deterministic rewards, A_t is q_t - v_t on every path.
 
     Args:
         rewards: c_t for every token, shape (..., T), or one outcome reward per sequence, shape (...,),
@@ -177,9 +177,9 @@ def doubly_robust(
             or infinite where it must not be.
 
     Assumptions:
-        As for `per_decision`, and v(s) = sum_a pi(a|s) q(s, a) at every state, for any q at all that does not
-        depend on the sampled sequence beyond its own state and token. Where v is not that mean, the result is
-        biased.
+        As for `per_decision`, and v(s) = sum_a pi(a|s) q(s, a) at every state, for any function q at all that is
+        independent of the responses it is applied to. Where v is not that mean, or q was fitted to the same
+        responses, the result is biased.
 
     References:
         Jiang and Li (2016), arXiv:1511.03722.

@@ -215,6 +215,33 @@ def test_equal_divergence_worlds_have_one_chi2_at_every_position():
     assert sum(laws) > 0
 
 
+@pytest.mark.parametrize("t", [1, 2, 7])
+def test_away_from_hot_over_the_formula_by_every_string(t):
+    hot = {0: 0.45, 1: 0.05}  # by the last bit
+    second, marginal = 0.0, [0.0] * t
+    for string in product((0, 1), repeat=t):
+        state, rho = 0, 1.0
+        for k, a in enumerate(string):
+            marginal[k] += 0.5**t * (2 * (hot[state] ** 2 + (1 - hot[state]) ** 2))
+            rho *= 2 * (hot[state] if a else 1 - hot[state])
+            state = a
+        second += 0.5**t * rho**2
+    world = product_formula.away_from_hot(t)
+    found = product_formula.spread_over_formula(world, product_formula.true_variance, t)
+    assert found == pytest.approx(second / math.prod(marginal), rel=1e-12)
+
+
+def test_mean_ratio_of_a_truncating_sampler_by_hand():
+    b, pi = [Fraction(k, 10) for k in (5, 3, 2)], [Fraction(k, 20) for k in (8, 7, 5)]
+    mu = [Fraction(5, 8), Fraction(3, 8)]
+    one = sum(m * p / m for m, p in zip(mu, pi, strict=False))
+    neither = sum(m * p / q for m, p, q in zip(mu, pi, b, strict=False))
+    evidence = martingale._scored_after_truncation(cumulative)
+    assert evidence.numbers == {"mean": [str(one), str(neither), "1", "1"]}
+    assert evidence.holds
+    assert not martingale._scored_after_truncation(inverse).holds
+
+
 def test_noisy_token_world_by_hand():
     """Only after the first token 1 is there an advantage; there A g is (-1/2, 1/2) whichever token comes."""
     world = noisy_token_world()

@@ -124,6 +124,38 @@ def test_all_ones_as_two_states_is_the_tree(horizon, level):
     assert two.total_variance == 2 * one.total_variance
 
 
+@pytest.mark.parametrize("pi", [(F(51, 100), F(1, 2)), (F(1, 3), F(3, 4))])
+def test_both_ones_by_position_by_loop(pi):
+    """Biases of the cumulative and of the token ratio on both logits, R = a1 a2 and b = 1/2."""
+    true = [F(0)] * 2
+    found = {"cumulative": [F(0)] * 2, "token": [F(0)] * 2}
+    for string in product((0, 1), repeat=2):
+        r = [2 * (p if a else 1 - p) for a, p in zip(string, pi, strict=True)]
+        for t in range(2):
+            term = F(1, 4) * string[0] * string[1] * (string[t] - pi[t])
+            true[t] += r[0] * r[1] * term
+            found["cumulative"][t] += r[0] * (r[1] if t else 1) * term
+            found["token"][t] += r[t] * term
+    world = claims.both_ones_by_position(*pi)
+    assert policy_gradient(world).tolist() == true
+    for level, expected in found.items():
+        assert gradient_moments(world, level, "one", outcome=True).mean.tolist() == expected
+
+
+def test_critic_fitted_to_its_own_batch_by_loop():
+    """One token, R = a, b = 1/2, pi = 3/4: with d = r - v the terms are rho g d."""
+    own = other = F(0)
+    for batch in product((0, 1), repeat=2):
+        v = F(3, 4) * (1 in batch)  # the critic says 1 for token 1 if the batch has one, 0 for all else
+        terms = {0: F(1, 2) * F(-3, 4) * (0 - v), 1: F(3, 2) * F(1, 4) * (1 - v)}
+        own += F(1, 4) * sum(terms[a] for a in batch) / 2
+        other += F(1, 4) * sum(terms.values()) / 2
+    evidence = claims._fitted_to_its_own_batch(claims.target_mean)
+    assert evidence.numbers == {"true": "3/16", "own_batch": str(own), "other_batch": str(other)}
+    assert evidence.holds
+    assert not claims._fitted_to_its_own_batch(claims.behavior_mean).holds
+
+
 def test_reward_rules():
     numbers = np.array([[1, 2], [3, 4], [-1, 5]])
     assert claims.additive(numbers, (1, 0, 1)) == 10

@@ -92,6 +92,24 @@ def test_variances_of_a_world(data, p, b, parameters):
     assert claim.enumerated_variances(paths, claim.terms(paths)) == found
 
 
+def test_outcome_reward_by_loop():
+    b, pi = (F(4, 5), F(1, 10)), (F(7, 10), F(9, 10))
+    found = {}
+    for name in ("prefix", "sequence"):
+        mean, second = [F(0)] * 2, F(0)
+        for s in strings(2):
+            chance = oracle.product(q if a else 1 - q for a, q in zip(s, b, strict=True))
+            r = [(p / q) if a else (1 - p) / (1 - q) for a, p, q in zip(s, pi, b, strict=True)]
+            weight = [r[0] if name == "prefix" else r[0] * r[1], r[0] * r[1]]
+            entries = [w * (a - p) * (1 - s[1]) for w, a, p in zip(weight, s, pi, strict=True)]
+            second += chance * sum(x * x for x in entries)
+            mean = [m + chance * x for m, x in zip(mean, entries, strict=True)]
+        found[name] = str(second - sum(m * m for m in mean))
+    evidence = claim._outcome_reward()
+    assert evidence.numbers == found
+    assert evidence.holds
+
+
 @pytest.mark.parametrize("parameters", ["shared", "position", "prefix"])
 @pytest.mark.parametrize("kind", ["tree", "tree eos", "tree tool"])
 def test_pairs_make_up_the_difference(kind, parameters):

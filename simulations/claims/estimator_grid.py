@@ -103,7 +103,7 @@ CLAIMS = (
         estimators(),
         {**estimators(), "cumulative": estimators()["token"]},
         "the token ratio passed off as the cumulative one",
-        "Without an exact critic of the policy in training no estimator short of the full-sequence ratio is unbiased, "
-        "whatever its window; choose among them by mean squared error, not by the label unbiased.",
+        "Without the exact A^pi no weight of the library on the token's own score, short of the full sequence, is "
+        "unbiased in general. What is, is in claim 4: per-decision, doubly robust, the derivative of the product.",
     ),
 )

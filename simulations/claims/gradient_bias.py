@@ -473,8 +473,8 @@ CLAIMS = (
         "cumulative",
         "token",
         "the token ratio",
-        "With a critic of the target policy, weigh each token by the cumulative ratio: it is unbiased and needs "
-        "no later token.",
+        "With the exact advantage of the target policy, weigh each token by the cumulative ratio: it is unbiased and "
+        "needs no later token. A learned critic's error is a bias of its own.",
     ),
     Claim(
         "3.token",
@@ -526,8 +526,8 @@ CLAIMS = (
         rational_weights,
         lambda paths, _level: rational_weights(paths, "token"),
         "token weights in every row",
-        "Which ratio is right depends on the advantage: the cumulative ratio needs a critic's advantage; for an "
-        "outcome reward only the full-sequence ratio is unbiased.",
+        "Which ratio is right depends on the advantage. The cumulative ratio needs the exact one of the target policy; "
+        "of these six weights only the full sequence's is unbiased for an outcome reward in general.",
     ),
     Claim(
         "T1",

@@ -164,6 +164,7 @@ def check_support(context: Context, process: Process) -> Iterator[Evidence]:
         spread == [Fraction(1, 4), Fraction(1, 16)],
         {"variances": [str(v) for v in spread]},
     )
+    yield _scored_after_truncation(process)
     rng = context.rng("support")
     agree = count = below = 0
     for world in random_trees(context, "support", 100):
@@ -184,6 +185,31 @@ def check_support(context: Context, process: Process) -> Iterator[Evidence]:
         f"E rho_t = P_pi(prefix in b's support) on {agree} of {count} random trees, E rho_H < 1 on {below}",
         agree == count and below > 0,
         {"worlds": count, "equal": agree, "below_one": below},
+    )
+
+
+def _scored_after_truncation(process: Process) -> Evidence:
+    """One token of a top-2 sampler: the mean ratio depends on which of the two policies is scored after the cut."""
+    mdp = tree(3, 1, name="top-2 of three tokens")
+    b, pi = (as_numbers([Fraction(n, 20) for n in row], True) for row in ((10, 6, 4), (8, 7, 5)))
+    kept = np.array([True, True, False])
+    b_cut, pi_cut = (np.where(kept, p, 0) / p[kept].sum() for p in (b, pi))
+
+    def mean(target: np.ndarray, behavior: np.ndarray) -> Fraction:
+        """Of the ratio as scored, over tokens of the sampler b_cut."""
+        tables = policy_table(mdp, lambda _prefix: behavior), policy_table(mdp, lambda _prefix: target)
+        paths = enumerate_trajectories(World(mdp, *tables, require_support=False))
+        return (b_cut[paths.actions[:, 0]] * process(paths)[:, 0]).sum()
+
+    found = [mean(pi, b_cut), mean(pi, b), mean(b, b), mean(pi_cut, b_cut)]
+    return Evidence(
+        "top-2 sampling from b = (.5, .3, .2), pi = (.4, .35, .25): mean ratio with the sampler alone scored after the "
+        "cut, with neither, with neither at pi = b, with both",
+        "enumeration",
+        f"mean ratio of a top-2 sampler: {found[0]} if it alone is scored after the cut, {found[1]} if neither policy "
+        f"is ({found[2]} at pi = b), {found[3]} if both are",
+        found == [Fraction(3, 4), Fraction(15, 16), 1, 1],
+        {"mean": [str(m) for m in found]},
     )
 
 
@@ -568,7 +594,8 @@ CLAIMS = (
         one_token_late,
         "the product starts one token late",
         "Check the mean ratio of your data first: with full-support sampling and a target fixed before the data "
-        "were drawn it must be 1, so another value means that the numbers are not importance ratios.",
+        "were drawn its expectation is 1. While the variance of log rho is small, a mean off by several standard "
+        "errors says that they are not importance ratios.",
     ),
     Claim(
         "1.support",
@@ -580,8 +607,9 @@ CLAIMS = (
         cumulative,
         lambda paths: paths.ratio,
         "token ratios instead of their products",
-        "Sample at full support (no top-p, no top-k) for training data, or score the behavior policy after "
-        "truncation: otherwise every later ratio is too small on average.",
+        "Sample at full support for training data. Scoring only the sampler after truncation gives ratios that are "
+        "too small on average; scoring both policies without it can give a mean near 1 although the ratios are wrong. "
+        "Cutting both to the same tokens gives ratios of the cut policies.",
     ),
     Claim(
         "1.survivors",
@@ -619,8 +647,8 @@ CLAIMS = (
         chi2_of_target,
         chi2_swapped,
         "chi2 with b and pi swapped",
-        "Stopping the product at token t can only lower the variance of the weight; the gain is exactly the "
-        "divergence of the tokens that are left out.",
+        "Stopping the product at token t can only lower the variance of the weight. Each token that is left out would "
+        "add its chi2 averaged with weight rho^2, so divergence counts most where the ratio is large already.",
     ),
     Claim(
         "1.optimal",
@@ -632,8 +660,9 @@ CLAIMS = (
         cumulative,
         lambda paths: np.repeat(cumulative(paths)[:, -1:], paths.ratio.shape[1], axis=1),
         "the full-sequence ratio is claimed to be optimal",
-        "If the integrand is known after t tokens, no other unbiased weight has less variance than rho_t: less "
-        "noise must be bought with bias or with knowledge of what the integrand depends on.",
+        "If the integrand is known after t tokens, no other unbiased weight has less variance than rho_t. Less noise "
+        "must come from bias, from knowing what the integrand depends on, or from control variates "
+        "(4.doubly_robust).",
     ),
     Claim(
         "1.log",

@@ -450,9 +450,42 @@ def check_first_order(context: Context, law: Mapping[tuple[str, str], Slope]) ->
         found[0] == [Fraction(-3, 64), Fraction(-3, 32)] and all(2 * a == b != 0 for a, b in found),
         {"bias": [[str(x) for x in pair] for pair in found]},
     )
+    yield _other_directions()
 
 
 EXACT_PAIR = ("cumulative", "token")
+
+
+def both_ones_by_position(first: Fraction, second: Fraction) -> World:
+    """R = a1 a2, b fair, pi(1) of the first and of the second token, one logit per position."""
+    world = two_step((HALF, first), {0: (HALF, second), 1: (HALF, second)})
+    mdp = tree(2, 2, name="both ones", outcome=lambda s: s[0] * s[1])
+    return one_logit(World(mdp, world.behavior, world.target, "position"))
+
+
+def _other_directions() -> Evidence:
+    """After a step on one logit alone the cumulative ratio keeps all of the token ratio's bias, or none of it."""
+    here, there = HALF, Fraction(51, 100)
+    bias: dict[str, list[list[Fraction]]] = {}
+    for name, pair in (("first", (there, here)), ("second", (here, there)), ("both", (there, there))):
+        world = both_ones_by_position(*pair)
+        true = policy_gradient(world)
+        bias[name] = [list(gradient_mean(world, level, "one", outcome=True) - true) for level in EXACT_PAIR]
+    small, own = Fraction(-1, 400), Fraction(-2499, 10**6)
+    return Evidence(
+        "two tokens with a logit each, R = a1 a2, b = 1/2, pi = 51/100 at the first token, at the second, at both: "
+        "bias of the cumulative and of the token ratio on both logits",
+        "dynamic programming",
+        "bias on both logits, cumulative against token: "
+        + "; ".join(f"step on {name}: ({listed(a)}) against ({listed(b)})" for name, (a, b) in bias.items()),
+        bias
+        == {
+            "first": [[0, 0], [0, small]],
+            "second": [[small, 0], [small, 0]],
+            "both": [[own, 0], [own, own]],
+        },
+        {name: [[str(x) for x in row] for row in rows] for name, rows in bias.items()},
+    )
 
 
 def _along(paths: Trajectories, direction: np.ndarray) -> np.ndarray:
@@ -477,9 +510,7 @@ def check_variance(context: Context, advantage: Callable[[Trajectories], np.ndar
     """With an outcome reward a token's term can vary more under its cumulative ratio than under the sequence's."""
     found = []
     for q in (Fraction(1, 4), HALF, THREE_QUARTERS):
-        world = two_step((HALF, HALF), {0: (HALF, q), 1: (HALF, q)})
-        mdp = tree(2, 2, name="both ones", outcome=lambda s: s[0] * s[1])
-        paths = enumerate_trajectories(one_logit(World(mdp, world.behavior, world.target, "position")))
+        paths = enumerate_trajectories(both_ones_by_position(HALF, q))
         found.append([_term_variances(paths, level, advantage(paths))[0] for level in ("cumulative", "sequence")])
     yield Evidence(
         "R = a1 a2, first token fair under both, b(a2 = 1) = 1/2, pi = 1/4, 1/2, 3/4: variance of the first token's "
@@ -640,6 +671,7 @@ def _bigram_crossover(context: Context, n_star: Crossover) -> Iterator[Evidence]
                 relative[:, k, j] = np.sqrt([bias["cumulative"], bias["token"]]) / np.linalg.norm(true)
         median, never = np.median(crossing, axis=0), (crossing < 0).mean(axis=0)
         bias_median = np.median(relative, axis=1)
+        least, low_quarter, high_quarter, most = np.quantile(crossing, [0, 0.25, 0.75, 1])
         intervals = [] if context.quick else [median_interval(column, 2 * len(STEPS)) for column in crossing.T]
         holds = context.quick or bool(
             np.all(median[2:] > 1)
@@ -649,15 +681,18 @@ def _bigram_crossover(context: Context, n_star: Crossover) -> Iterator[Evidence]
         )
         yield Evidence(
             f"bigram models, 3 tokens, H = 5, {kind} reward by string, ascent steps of {listed(STEPS)} in the logits, "
-            f"{count} of each: median n*, share with n* < 0, median relative bias of cumulative and token ratio",
+            f"{count} of each: median n*, share with n* < 0, range and middle half of all n*, median "
+            "relative bias of cumulative and token ratio",
             "enumeration",
             f"bigram models, {kind} reward, |step| {listed(STEPS)}: median n* "
-            f"{', '.join(f'{x:.0f}' for x in median)} (below 0 on {', '.join(f'{100 * x:.0f}' for x in never)} %), "
+            f"{', '.join(f'{x:.0f}' for x in median)} (below 0 on {', '.join(f'{100 * x:.0f}' for x in never)} %; all "
+            f"from {least:.0f} to {most:.0f}, half from {low_quarter:.0f} to {high_quarter:.0f}), "
             f"relative bias {listed(bias_median[0])} (token ratio {listed(bias_median[1])})",
             holds,
             {
                 "steps": list(STEPS),
                 "median": median.tolist(),
+                "range": [float(x) for x in (least, low_quarter, high_quarter, most)],
                 "interval": intervals,
                 "negative": never.tolist(),
                 "relative_bias": bias_median.tolist(),
@@ -865,6 +900,33 @@ def check_doubly_robust(context: Context, state_value: StateValue) -> Iterator[E
         ],
         {name: str(value) for name, value in found.items()},
     )
+    yield _fitted_to_its_own_batch(state_value)
+
+
+def _fitted_to_its_own_batch(state_value: StateValue) -> Evidence:
+    """A critic of batch means, applied to the batch it was fitted to and to another one."""
+    world = one_logit(
+        independent_tokens([HALF, HALF], [1 - THREE_QUARTERS, THREE_QUARTERS], 1, outcome=sum, parameters="position")
+    )
+    paths = enumerate_trajectories(world)
+    own = other = Fraction(0)
+    for batch in product(range(len(paths.returns)), repeat=2):
+        q = zeros((1, *world.behavior.shape), True)
+        for n in batch:  # equal tokens have equal rewards here, so that their mean is any one's
+            q[0, paths.states[n, 0], paths.actions[n, 0]] = paths.returns[n]
+        gradients = paths.summed_scores(doubly_robust_terms(paths, q, state_value))[:, 0]
+        probability = paths.behavior_probability[list(batch)].prod()
+        own += probability * gradients[list(batch)].sum() / 2
+        other += probability * paths.expectation(gradients)
+    true = policy_gradient(world)[0]
+    return Evidence(
+        "one token, R = a, b = 1/2, pi = 3/4, q the mean reward of each token in a batch of two (0 where unseen): mean "
+        "gradient on that batch, and on another",
+        "enumeration",
+        f"true gradient {true}; critic fitted to its own batch of two {own}, to another one {other}",
+        [true, own, other] == [Fraction(3, 16), Fraction(15, 128), Fraction(3, 16)],
+        {"true": str(true), "own_batch": str(own), "other_batch": str(other)},
+    )
 
 
 # --- 4.performance_difference ---------------------------------------------------------------------------------------
@@ -1000,8 +1062,8 @@ CLAIMS = (
         "cumulative",
         "sequence",
         "the full-sequence ratio, which is unbiased",
-        "Do not call CTPO with an outcome reward unbiased: that needs a critic of the target policy, the full-sequence "
-        "ratio, or one of the corrections below.",
+        "Do not call CTPO with an outcome reward unbiased. In general that needs the exact advantage of the target "
+        "policy, the full-sequence ratio, or one of the corrections below.",
     ),
     Claim(
         "4.additive",
@@ -1013,22 +1075,24 @@ CLAIMS = (
         additive,
         multiplicative,
         "a product instead of a sum",
-        "Only where later tokens do not react to earlier ones, and the reward adds up, is the bias harmless; a right "
-        "or wrong final answer is not such a reward.",
+        "There is no bias if the future's gap between b and pi does not depend on the token. Additive rewards with "
+        "policies that do not look back are one such case; do not expect it of a right or wrong answer.",
     ),
     Claim(
         "4.first_order",
         "Near the behavior policy the bias along the step is -S1 for the cumulative, -2 S1 for the token ratio, "
         "-(1 - 1/H)(2 S1 + D) for GSPO and -(2 S1 + D) without weights: the cumulative ratio removes half.",
         "true if",
-        "to first order in the step, softmax policies; S1 = sum_{k<t} E_b[x_k x_t R], D = sum_t E_b[x_t^2 (R - c)]",
+        "to first order in the step and along it, softmax policies; GSPO and cumulative mean: sequences of one length; "
+        "S1 = sum_{k<t} E_b[x_k x_t R], D = sum_t E_b[x_t^2 (R - c)]",
         "our own",
         check_first_order,
         FIRST_ORDER,
         {**FIRST_ORDER, ("cumulative", "R"): _no_slope},
         "no bias for the cumulative ratio",
         "For small steps with an outcome reward CTPO's weight halves the bias of PPO's or GRPO's token ratio along the "
-        "update; GSPO keeps nearly all that no correction at all has.",
+        "update direction; in other directions it can remove all of it or none. Along the update GSPO keeps nearly all "
+        "that no correction at all has.",
     ),
     Claim(
         "4.variance",
@@ -1047,16 +1111,16 @@ CLAIMS = (
         "4.crossover",
         "Below n* = (Var_sequence - Var_cumulative) / bias^2 sequences a batch the cumulative ratio has the smaller "
         "mean squared error, above it the sequence ratio.",
-        "true",
-        "n* below 0: the sequence ratio is better in every batch; independent sequences",
+        "true if",
+        "the cumulative ratio is biased; independent sequences; absolute continuity; n* below 0: the sequence ratio is "
+        "better in every batch",
         "our own",
         check_crossover,
         crossover,
         variance_ratio,
         "the ratio of the variances",
-        "Bias can buy variance: on these toy models the biased cumulative ratio has the smaller error in batches below "
-        "a hundred to some hundreds of sequences. After tiny steps with rewards of both signs even that is a coin "
-        "flip.",
+        "Bias can buy variance: below n* the biased cumulative ratio has the smaller error. On these toy models n* ran "
+        "from below 0 to some thousands, mostly tens to hundreds; compute it for your case.",
     ),
     Claim(
         "4.per_decision",
@@ -1075,14 +1139,14 @@ CLAIMS = (
         "4.doubly_robust",
         "The doubly robust gradient is unbiased with any critic; with Q^pi it is rho_t A^pi on every path.",
         "true if",
-        "absolute continuity; v = E_pi q in every state",
+        "absolute continuity; v = E_pi q in every state; the critic does not depend on the responses it is applied to",
         "Jiang and Li 2016; Huang and Jiang 2020",
         check_doubly_robust,
         target_mean,
         behavior_mean,
         "v = E_b q",
-        "A critic with ctpo.doubly_robust cannot bias the gradient, only make it noisier: a critic that is off by a "
-        "factor of three is worse than none. The exact Q^pi is not the variance optimum.",
+        "Such a critic with v = E_pi q adds no bias. A good one lowers the variance, a bad one can raise it above "
+        "having none (here three times Q^pi). The exact Q^pi is not the variance optimum.",
     ),
     Claim(
         "4.performance_difference",
@@ -1094,8 +1158,8 @@ CLAIMS = (
         scores_so_far,
         own_score,
         "the token's own score alone",
-        "A critic fitted to the sampled data is one of the behavior policy. Used with the cumulative ratio, let the "
-        "gradient flow through the whole product, not the last token alone.",
+        "With the exact A^b of the behavior policy, let the gradient flow through the whole cumulative ratio, not the "
+        "last token alone. The error of a critic fitted to data is a bias of its own.",
     ),
     Claim(
         "4.lookahead",
@@ -1108,7 +1172,7 @@ CLAIMS = (
         lookahead,
         token_counted_twice,
         "a window that counts the token itself",
-        "The lookahead weight is a dial between CTPO and the full-sequence ratio: look as far ahead as the reward "
-        "reacts to a token, and no further.",
+        "The lookahead weight is a dial between CTPO and the full-sequence ratio. How far ahead is best depends on the "
+        "size of the batch: the larger it is, the more the bias counts against the noise.",
     ),
 )

@@ -18,7 +18,7 @@ import ctpo
 from simulations.claims.gradient_bias import UNLIMITED, sum_counterexample
 from simulations.claims.martingale import cumulative, variance
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed, random_trees
+from simulations.claims.worlds import HALF, listed, random_trees, two_step
 from simulations.counterexamples import STATEMENTS, Statement, describe, in_words, search
 from simulations.exact import (
     Trajectories,
@@ -34,6 +34,7 @@ from simulations.mdp import (
     independent_tokens,
     one_logit,
     random_tree,
+    tree,
     zeros,
 )
 from simulations.monte_carlo import SummedGradient, estimate, variance_test, z_threshold
@@ -142,6 +143,26 @@ def check_orthogonal(context: Context, sharings: tuple[Parameters, ...]) -> Iter
         "; ".join(f"{name}: {prefix}, {full}" for name, (prefix, full) in rows.items()),
         all(prefix <= full for prefix, full in rows.values()),
         {name: [str(v) for v in pair] for name, pair in rows.items()},
+    )
+    yield _outcome_reward()
+
+
+def _outcome_reward() -> Evidence:
+    """One logit per position, but a reward that is not known at its token: the order is reversed."""
+    second = (Fraction(1, 10), Fraction(9, 10))
+    world = two_step((Fraction(4, 5), Fraction(7, 10)), {0: second, 1: second})
+    mdp = tree(2, 2, name="second token 0", outcome=lambda s: 1 - s[1])
+    world = one_logit(World(mdp, world.behavior, world.target, "position"))
+    prefix, full = (
+        gradient_moments(world, level, "one", outcome=True).total_variance for level in ("cumulative", "sequence")
+    )
+    return Evidence(
+        "an outcome reward instead: R = 1 if the second token is 0, b(1) = 4/5 and 1/10, pi(1) = 7/10 and 9/10, one "
+        "logit per position: total variance under prefix weights and under the sequence weight",
+        "dynamic programming",
+        f"outcome reward, one logit per position: total variance {prefix} (prefix) against {full} (sequence)",
+        [prefix, full] == [Fraction(9981, 40000), Fraction(181, 40000)],
+        {"prefix": str(prefix), "sequence": str(full)},
     )
 
 
@@ -582,14 +603,16 @@ CLAIMS = (
         "5.orthogonal",
         "The total variance of the summed gradient is no larger under prefix weights than under the sequence weight.",
         "true if",
-        "f_s.f_t = 0 for s != t, as with logits of their own for each prefix or each position",
+        "f_s.f_t = 0 for s != t, as with logits of their own for each prefix or each position; A_t of the first t "
+        "tokens, not an outcome reward",
         "our own, after arXiv:2605.07331, Table 1",
         check_orthogonal,
         ("prefix", "position"),
         ("shared",),
         "one shared set of logits",
-        "Prefix weights are guaranteed the lower total variance where no two positions share parameters. A language "
-        "model is not such a case.",
+        "Prefix weights are guaranteed no higher total variance where no two positions share parameters and the "
+        "advantage is known at its token. With an outcome reward there is no such guarantee; nor is a language model "
+        "such a case.",
     ),
     Claim(
         "5.direction",
@@ -627,7 +650,7 @@ CLAIMS = (
         STATEMENTS["summed_order"],
         STATEMENTS["trace_order_position"],
         "the order of the total variance with one logit per position, which is a theorem",
-        "No contrived sampler is needed to reverse the order: two coin flips with slightly different odds can do.",
+        "No contrived sampler is needed to reverse the order: two coin flips with different odds can do.",
     ),
     Claim(
         "5.zero_variance",
@@ -667,7 +690,7 @@ CLAIMS = (
         "shared",
         "position",
         "logits that no two positions share",
-        "The further the policies were apart, the more variance the prefix weight saved. For tiny steps the choice "
-        "between the two hardly mattered.",
+        "With the exact advantage the prefix weight saved more variance the further the policies were apart. For tiny "
+        "steps the choice between the two hardly mattered.",
     ),
 )
