@@ -429,7 +429,7 @@ CLAIMS = (
         "6.pessimism",
         "The clipped surrogate never exceeds the unclipped one; with A^b under rho_t it is at most J(pi) - J(b).",
         "true if",
-        "min(w A, clip(w) A) without a dual bound",
+        "min(w A, clip(w) A) without a dual bound; for the improvement absolute continuity: b has mass wherever pi has",
         "arXiv:1707.06347 (a pessimistic bound), with the exact improvement under rho_t",
         check_pessimism,
         USUAL,

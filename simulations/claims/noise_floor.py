@@ -163,8 +163,8 @@ CLAIMS = (
         rounded_logits,
         rounded_log_probabilities,
         "noise that is not normalized again",
-        "Measure the spread once with unchanged weights, recomputed as the trainer does; only what exceeds it can be a "
-        "change of the policy.",
+        "Measure the spread once with unchanged weights, recomputed as the trainer does; a spread at that floor is no "
+        "evidence of a change of the policy.",
     ),
     Claim(
         "12.kind",

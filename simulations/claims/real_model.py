@@ -82,7 +82,7 @@ def check_mean(_context: Context, select: Callable[[Trace], Trace | None]) -> It
         "recorded",
         f"largest |z| {z[worst]:.2f} of {len(z)} (limit {limit:.2f}), {names[worst]}; standard errors up to "
         f"{max(errors):.2f}"
-        + (f"; {len(skipped)} too spread to test (|z| up to {max(skipped):.2f})" if skipped else ""),
+        + (f"; {len(skipped)} more left out as too spread (|z| up to {max(skipped):.2f})" if skipped else ""),
         bool(z[worst] < limit),
         {
             "largest_z": float(z[worst]),
@@ -366,8 +366,8 @@ CLAIMS = (
         fixed_targets,
         any_sampler,
         "the top-p sampler passed off as a full one",
-        "On a real model the ratio behaves as theory says, while its spread is small: this is the sanity check to "
-        "run on your own logs.",
+        "On a real model E rho_t is 1 while its spread is small, within the error bars, which reach .1: this is the "
+        "sanity check to run on your own logs.",
     ),
     Claim(
         "R.truncation",
@@ -379,7 +379,8 @@ CLAIMS = (
         "truncation",
         "temperature",
         "a tempered target over a full sampler",
-        "Log-probabilities of the full model are the wrong denominator for samples of a top-p sampler.",
+        "The full model over its top-p sampler is no pair of policies with ratio mean 1: what top-p never samples "
+        "cannot be reweighted.",
     ),
     Claim(
         "R.drift",

@@ -185,6 +185,28 @@ def check_prefix(context: Context, weight: Weight) -> Iterator[Evidence]:
         found == [Fraction(3, 10), Fraction(1, 4)],
         {"sequence": str(found[0]), "prefix": str(found[1])},
     )
+    both, equal = (_first_update(outcome, weight) for outcome in (lambda s: s[0] * s[1], lambda s: int(s[0] == s[1])))
+    yield Evidence(
+        "outcome reward before the first update, mu = 1/4, pi = b = 1/2, two tokens, one shared logit: grad J, mean "
+        "gradient with the prefix's and with the whole sequence's correction times the reward",
+        "enumeration",
+        "outcome reward before the first update, mu = 1/4, pi = b = 1/2: "
+        + "; ".join(
+            f"R = {name}: true {true}, prefix {prefix}, whole sequence {sequence}"
+            for name, (true, prefix, sequence) in (("a1 a2", both), ("1{a1 = a2}", equal))
+        ),
+        both == [Fraction(1, 4), Fraction(3, 16), Fraction(1, 4)] and equal == [0, Fraction(-1, 8), 0],
+        {"a1 a2": [str(x) for x in both], "1{a1 = a2}": [str(x) for x in equal]},
+    )
+
+
+def _first_update(outcome: Callable[[tuple[int, ...]], Any], weight: Weight) -> list[Fraction]:
+    """Grad J, and the mean gradient with the return under a weight and under the whole sequence's; pi = b."""
+    world = independent_tokens([Fraction(3, 4), Fraction(1, 4)], [HALF, HALF], 2, outcome=outcome)
+    r = rollouts(world, world.target)
+    returns = r.paths.returns[:, None]
+    means = [r.paths.expectation(r.paths.summed_scores(w(r) * returns))[1] for w in (weight, weighted_by("sequence"))]
+    return [policy_gradient(world)[1], *means]
 
 
 def ctpo_weight(paths: Trajectories) -> np.ndarray:
@@ -488,15 +510,16 @@ CLAIMS = (
         "Correcting for a third sampling policy mu, the prefix weight (b/mu)(1..t) rho_t is unbiased as the whole "
         "sequence's is, and never noisier.",
         "true if",
-        "per-token integrands that depend on the prefix only; mu has mass wherever b and pi have; the sum over tokens "
-        "need not follow the order",
+        "per-token integrands that depend on the prefix only, such as an advantage known at its token, but not an "
+        "outcome reward; mu has mass wherever b and pi have; the sum over tokens need not follow the order",
         "our own; the released code of arXiv:2605.07331 uses the whole sequence's",
         check_prefix,
         weighted_by("prefix"),
         weighted_by("token"),
         "the token's correction passed off as the prefix's",
-        "Give the sampler's own log-probabilities to the cumulative ratio as behavior policy: the old policy cancels, "
-        "and no second weight is needed.",
+        "With an advantage known at its token, give the sampler's log-probabilities as behavior policy: no second "
+        "weight is needed. With an outcome reward the prefix correction is biased even before the first update, when "
+        "the whole sequence's, uncapped, is not. The window then clips the engine's noise too.",
     ),
     Claim(
         "11.none",
@@ -509,8 +532,8 @@ CLAIMS = (
         "none",
         "prefix",
         "the prefix correction",
-        "A mean of the ratio away from 1 tells that the recorded log-probabilities are not the sampler's. Correct for "
-        "it, or record the sampler's.",
+        "A mean of the ratio away from 1 can mean that the recorded log-probabilities are not the sampler's (other "
+        "causes: truncated sampling, few samples, reuse). If so, correct for it, or record the sampler's.",
     ),
     Claim(
         "11.sequence_cap",

@@ -408,6 +408,29 @@ def check_outcome(context: Context, reward: Callable[[Trajectories], np.ndarray]
         gradient == Fraction(9, 32) and found == [Fraction(15, 64), Fraction(3, 8)],
         {"gradient": str(gradient), "mean": [str(m) for m in found]},
     )
+    rows = {
+        "a1": _on_policy(lambda s: s[0], reward),
+        "2a1 - 3a2": _on_policy(lambda s: 2 * s[0] - 3 * s[1], reward),
+    }
+    quarter = Fraction(1, 4)
+    yield Evidence(
+        "on-policy, one shared logit, H = 2, b = pi = 1/2: grad J, mean of both forms with R",
+        "enumeration",
+        "on-policy, b = pi = 1/2: "
+        + "; ".join(f"R = {r}: grad J = {g}, stop-gradient {s}, un-detached {u}" for r, (g, s, u) in rows.items()),
+        list(rows.values()) == [[quarter, quarter, HALF], [-quarter, -quarter, quarter]],
+        {r: [str(x) for x in row] for r, row in rows.items()},
+    )
+
+
+def _on_policy(
+    outcome: Callable[[tuple[int, ...]], Any], reward: Callable[[Trajectories], np.ndarray]
+) -> list[Fraction]:
+    """Grad J and the means of both forms for two fair coins of one shared logit."""
+    paths = enumerate_trajectories(independent_tokens([HALF, HALF], [HALF, HALF], 2, outcome=outcome))
+    weighted = cumulative(paths) * reward(paths)
+    means = [paths.expectation(paths.summed_scores(form(weighted)))[1] for form in FORMS.values()]
+    return [policy_gradient(paths.world)[1], *means]
 
 
 def outcome_only(world: World) -> World:
@@ -569,15 +592,15 @@ CLAIMS = (
         "9.outcome",
         "With an outcome reward R in place of the advantage, one of the two forms is unbiased for grad J.",
         "false",
-        "stop-gradient equals stop-gradient with A^b; the un-detached product over-counts earlier tokens, and where "
-        "lengths vary a constant baseline moves it too",
+        "off-policy stop-gradient equals stop-gradient with A^b; the un-detached product over-counts earlier tokens, "
+        "on-policy too, and where lengths vary a constant baseline moves it as well",
         "the objective as used, with a group-relative outcome advantage",
         check_outcome,
         with_return,
         lambda paths: paths.advantage("A_target"),
         "A^pi passed off as the outcome",
-        "With outcome rewards, as in group-relative training, do not expect either way of differentiating the prefix "
-        "weight to give the gradient of the expected reward once pi differs from the sampler.",
+        "With outcome rewards stop-gradient is right on-policy only; differentiating the whole product is wrong even "
+        "on-policy and can point the other way.",
     ),
     Claim(
         "9.action_value",

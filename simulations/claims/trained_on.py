@@ -628,11 +628,13 @@ CLAIMS = (
         "own",
         "fresh",
         "a sequence drawn after the update",
-        "With several epochs a sqrt(t) window stops whole sequences; its clip rate then counts reuse, not divergence.",
+        "With several epochs a sqrt(t) window can stop whole sequences; its clip rate then counts reuse, not "
+        "divergence.",
     ),
     Claim(
         "13.epochs",
-        "At the same number of updates several epochs over few sequences are as safe as one pass over more of them.",
+        "At the same number of updates several epochs over few sequences keep E rho = 1 and the gradient unbiased, as "
+        "one pass over more of them does.",
         "false",
         "over disjoint mini-batches that split no group each update still finds E rho = 1 and an unbiased gradient; "
         "over the same sequence both fail from the second update on",
@@ -641,6 +643,7 @@ CLAIMS = (
         repeated,
         disjoint,
         "disjoint mini-batches passed off as epochs",
-        "Spend updates on more mini-batches of one rollout before a second epoch: the first keeps the weights exact.",
+        "At the same number of updates, disjoint mini-batches keep E rho = 1 and epochs do not. That costs more "
+        "samples; with samples fixed, reuse can still learn more (training study).",
     ),
 )
