@@ -239,7 +239,7 @@ def test_mean_ratio_of_a_truncating_sampler_by_hand():
     evidence = martingale._scored_after_truncation(cumulative)
     assert evidence.numbers == {"mean": [str(one), str(neither), "1", "1"]}
     assert evidence.holds
-    assert not martingale._scored_after_truncation(inverse).holds
+    assert not martingale._scored_after_truncation(without_own_token).holds
 
 
 def test_noisy_token_world_by_hand():
