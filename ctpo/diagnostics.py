@@ -559,8 +559,8 @@ def calibrate_clip(
         horizon: Last position to look at. None: the last that at least half of the sequences, and two, reach.
 
     Returns:
-        The window. Its rates hold for later sequences of the same two policies; with n sequences its center
-        errs at T by about 1/sqrt(n) of the standard deviation with "log_ratio".
+        The window. Its rates hold for later sequences of the same two policies that the target was not trained on;
+        with n sequences its center errs at T by about 1/sqrt(n) of the standard deviation with "log_ratio".
 
     Raises:
         ValueError: Shapes or dtypes do not fit, an entry at a policy token is NaN or infinite, a rate or `power`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import oracle
@@ -32,6 +32,7 @@ from simulations.claims.clip_rates import (
 )
 from simulations.claims.drift import (
     LogParts,
+    _fading_tokens,
     check_third_policy,
     divergence,
     drift_ratio,
@@ -293,6 +294,17 @@ def test_variance_of_the_hot_or_cold_world():
     assert with_divergence(parts) == F(1)
     assert within_only(parts) == F(8, 9)
     assert total_variance(np.array([2.0, 0.0]), np.array([1.0, 3.0])) == 2.0
+
+
+def test_fading_tokens_of_two_speeds():
+    """V + V^2/16 = .01 t: the law is sigma sqrt(t), the variance ratio at 1000 is 10 over the summed variances."""
+    numbers = _fading_tokens(Context(0, quick=True)).numbers
+    summed = [8 * (math.sqrt(1 + 0.0025 * t) - 1) for t in range(1001)]
+    token = [b - a for a, b in pairwise(summed)]
+    # Mean 1 and variance 1/4 of the speeds; each speed moves the mean by half of its variance.
+    assert summed[1000] + summed[1000] ** 2 / 16 == pytest.approx(10)
+    assert numbers["variance_ratio"] == pytest.approx(10 / math.fsum(v + v * v / 16 for v in token))
+    assert numbers["std_over_sqrt_t"] == pytest.approx([0.1] * 3)
 
 
 def test_drift_ratio_of_a_rare_token():

@@ -11,6 +11,10 @@ import oracle
 import pytest
 
 from simulations.claims.group_advantages import (
+    GROUP_MEAN,
+    _two_prompts,
+    _under_a_clip,
+    _under_a_root,
     against_frozen_copy,
     bandit,
     binary,
@@ -128,6 +132,45 @@ def test_worlds_by_hand():
     rare = enumerate_trajectories(three_rewards((0, 1, 40), F(1, 32)))
     assert rare.target_probability.tolist() == [F(1, 2), F(15, 32), F(1, 32)]
     assert rare.returns.tolist() == [0, 1, 40]
+
+
+def test_baseline_is_not_free_under_a_root_or_a_clip():
+    """-48/125 under rho_H^(1/2); with the window [4/5, 6/5] gradient 0 and -3/16 with the baselines 0 and 2."""
+    b, p, root = F(1, 5), F(4, 5), {0: F(1, 4), 1: F(1), 2: F(4)}
+    free = raw = F(0)
+    for a, c in product((0, 1), repeat=2):
+        term = (b if a else 1 - b) * (b if c else 1 - b) * root[a + c] * (a + c - 2 * p)
+        free += term
+        raw += term * a * c
+    under_root = _under_a_root(GROUP_MEAN)
+    expected = {"mean_score": free, "raw": raw, "with_baseline": (raw - b * b * free) / 2}
+    assert free == F(-48, 125)
+    assert under_root.numbers == {name: str(value) for name, value in expected.items()}
+    gradients = []
+    for baseline in (0, 2):
+        total = F(0)
+        for a, ratio in ((0, F(1, 2)), (1, F(3, 2))):
+            clipped = (a > baseline and ratio > F(6, 5)) or (a < baseline and ratio < F(4, 5))
+            total += 0 if clipped else F(1, 2) * ratio * (a - baseline) * (a - F(3, 4))
+        gradients.append(str(total))
+    assert gradients == ["0", "-3/16"] == _under_a_clip().numbers["gradient"]
+
+
+def test_two_prompts_by_plain_loops():
+    """Groups of 8, success rates 1/2 and 1/20: the sum of the two gradients turns around."""
+    scales = []
+    for p in (0.5, 0.05):
+        covered = 0.0
+        for k in range(1, 8):
+            chance, mean = math.comb(8, k) * p**k * (1 - p) ** (8 - k), k / 8
+            std = math.sqrt((k * (1 - mean) ** 2 + (8 - k) * mean**2) / 7)
+            covered += chance * (mean * (1 - mean) * (1 - p) + (1 - mean) * mean * p) / std
+        scales.append(covered / (p * (1 - p)))
+    found = _two_prompts(normalized).numbers
+    np.testing.assert_allclose(found["scales"], scales, rtol=1e-10)
+    assert found["true"] == pytest.approx(0.25 - 4.5 * 0.0475)
+    assert found["divided"] == pytest.approx(0.25 * scales[0] - 4.5 * 0.0475 * scales[1])
+    assert round(found["divided"], 3) == -0.061
 
 
 def test_frozen_copy_wins_and_losses():

@@ -110,6 +110,25 @@ def test_example_numbers_by_plain_loops():
     assert first_update == F(143, 500)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_outcome_reward_before_the_first_update_by_plain_loops(equal):
+    """mu = 1/4, pi = b = 1/2: the prefix correction misses 1/4 and 0 by giving 3/16 and -1/8."""
+    mu, p = F(1, 4), F(1, 2)
+
+    def outcome(s):
+        return int(s[0] == s[1]) if equal else s[0] * s[1]
+
+    true = prefix = sequence = F(0)
+    for a, c in product((0, 1), repeat=2):
+        u, v = (p / (mu if x else 1 - mu) for x in (a, c))
+        chance, reward = p * p / u / v, outcome((a, c))
+        true += p * p * reward * (a + c - 2 * p)
+        prefix += chance * reward * (u * (a - p) + u * v * (c - p))
+        sequence += chance * reward * u * v * (a + c - 2 * p)
+    assert [true, prefix, sequence] == ([0, F(-1, 8), 0] if equal else [F(1, 4), F(3, 16), F(1, 4)])
+    assert claim._first_update(outcome, claim.weighted_by("prefix")) == [true, prefix, sequence]
+
+
 def test_capped_example_by_hand():
     """Weight 6 cut to 5: the gradient's term of token 1 shrinks by 5/6."""
     p = F(3, 5)

@@ -154,6 +154,19 @@ def test_example_numbers():
     assert [by_hand("Q_target", x, p)[0] for x in (False, True)] == [F(9, 32), F(27, 64)]
 
 
+@pytest.mark.parametrize("gains", [(1, 0), (2, -3)])
+def test_outcome_on_policy_by_plain_loops(gains):
+    """b = pi = 1/2: un-detached gives 1/2 for 1/4 with R = a1, and 1/4 for -1/4 with R = 2a1 - 3a2."""
+    true = literal = F(0)
+    for tokens in product((0, 1), repeat=2):
+        reward, score = sum(g * a for g, a in zip(gains, tokens, strict=True)), [a - F(1, 2) for a in tokens]
+        true += F(reward, 4) * sum(score)
+        literal += F(reward, 4) * (score[0] + sum(score))
+    assert (true, literal) == ((F(1, 4), F(1, 2)) if gains == (1, 0) else (F(-1, 4), F(1, 4)))
+    found = claim._on_policy(lambda s: gains[0] * s[0] + gains[1] * s[1], claim.with_return)
+    assert found == [true, true, literal]
+
+
 def test_geometric_mean_example_by_plain_loops():
     """b = 1/5, pi = 4/5: released mode 148/625, derivative of rho_t^(1/t) 108/625."""
     b, p = F(1, 5), F(4, 5)

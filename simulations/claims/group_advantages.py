@@ -24,7 +24,7 @@ from simulations.exact import (
     rational_weights,
     values,
 )
-from simulations.mdp import World, as_numbers, policy_table, random_tree, tree, zeros
+from simulations.mdp import World, as_numbers, independent_tokens, policy_table, random_tree, tree, zeros
 
 #: From rewards (M, G) of M groups to their advantages.
 Advantage = Callable[[np.ndarray], np.ndarray]
@@ -187,6 +187,49 @@ def check_mean(context: Context, baseline: Baseline) -> Iterator[Evidence]:
         found == [Fraction(1, 8), Fraction(3, 16), Fraction(7, 32)] == claimed,
         {"gradient": str(true), "G": list(sizes), "with_group_mean": [str(f) for f in found]},
     )
+    yield _under_a_root(baseline)
+    yield _under_a_clip()
+
+
+def _under_a_root(baseline: Baseline) -> Evidence:
+    """GSPO's ratio: E_b[sum w g] is not 0, so a baseline does more than scale."""
+    world = independent_tokens(
+        [Fraction(4, 5), Fraction(1, 5)], [Fraction(1, 5), Fraction(4, 5)], 2, outcome=lambda s: s[0] * s[1]
+    )
+    paths = enumerate_trajectories(world)
+    terms = weighted_scores(paths, "sequence_mean")
+    free, raw = paths.expectation(terms)[1], with_returns(terms, paths)[1]
+    shares = group_shares(paths.behavior_probability, paths.returns, 2, baseline.exact)
+    found, scale = total(shares, terms)[1], baseline.scale(2)
+    moved = scale * (raw - paths.expectation(paths.returns) * free)
+    return Evidence(
+        "not under GSPO's ratio: one shared logit, H = 2, b = 1/5, pi = 4/5, R = a1 a2: E_b[rho_H^(1/2) sum g]; raw "
+        "reward; with the baseline, G = 2",
+        "enumeration",
+        f"under GSPO's ratio E_b[rho_H^(1/2) sum g] = {free}, not 0: raw {raw}, with the baseline {found}",
+        free == Fraction(-48, 125) and found == moved != scale * raw,
+        {"mean_score": str(free), "raw": str(raw), "with_baseline": str(found)},
+    )
+
+
+def _under_a_clip() -> Evidence:
+    """A window acts by the sign of the advantage, which the baseline sets."""
+    paths = enumerate_trajectories(bandit(HALF, Fraction(3, 4)))
+    weight = rational_weights(paths, "token")
+    clipped = ctpo.Estimator("token", ctpo.RatioClip(0.2, 0.2))
+    found = []
+    for baseline in (0, 2):
+        advantages = paths.returns[:, None] - baseline
+        flags = clipped.coefficients(*paths.log_probabilities(), advantages.astype(float), paths.mask).weight != 0
+        found.append(paths.expectation(paths.summed_scores(np.where(flags, weight * advantages, 0)))[1])
+    return Evidence(
+        "nor under a clip: one binary token, b = 1/2, pi = 3/4, R = a, window [4/5, 6/5]: expected gradient with the "
+        "constant baselines 0 and 2; flags by ctpo.Estimator",
+        "enumeration",
+        f"clipped, b = 1/2, pi = 3/4: gradient {found[0]} with baseline 0, {found[1]} with baseline 2",
+        found == [0, Fraction(-3, 16)],
+        {"baseline": [0, 2], "gradient": [str(f) for f in found]},
+    )
 
 
 # --- 6.leave_one_out ------------------------------------------------------------------------------------------------
@@ -228,6 +271,8 @@ def check_leave_one_out(context: Context, baseline: Baseline) -> Iterator[Eviden
         [true, *found] == [Fraction(1, 8), Fraction(-1, 8), Fraction(-1, 8), Fraction(-1, 16)],
         {"true": str(true), "raw": str(found[0]), "baseline": str(found[1]), "group_mean": str(found[2])},
     )
+    yield _under_a_root(baseline)
+    yield _under_a_clip()
 
 
 # --- 6.baseline_off_policy ------------------------------------------------------------------------------------------
@@ -463,6 +508,27 @@ def check_std_sign(context: Context, pairs: tuple[Advantage, Advantage]) -> Iter
         f"gradient of P(R_i > R_j) - P(R_i < R_j), R_j from a frozen copy: {good} of {count} random trees",
         good == count,
         {"worlds": count, "exact": good},
+    )
+    yield _two_prompts(library)
+
+
+def _two_prompts(advantage: Advantage) -> Evidence:
+    """Rewards of 0 and 1: each prompt keeps its sign, their sum does not."""
+    features, rates = np.array([1.0, -4.5]), (HALF, Fraction(1, 20))
+    worlds = [bandit(rate, rate) for rate in rates]
+    true = np.array([float(policy_gradient(world)[1]) for world in worlds])
+    divided = np.array([_second_logit(world, 8, advantage) for world in worlds])
+    before, after = float(features @ true), float(features @ divided)
+    scales = divided / true
+    return Evidence(
+        "a batch of two prompts on one shared logit, rewards 0 and 1, success rates 1/2 and 1/20, features 1 and -4.5, "
+        "on-policy, all groups of 8: sum of their gradients, true and with the advantages of ctpo; their quotient by "
+        "prompt",
+        "enumeration",
+        f"rewards 0 and 1, two prompts: true sum {before:.3f}, after division {after:.3f} (the prompts scaled by "
+        f"{scales[0]:.3f} and {scales[1]:.3f})",
+        bool(scales.min() > 0) and before > 0 > after and np.allclose(scales, [1.736, 2.313], rtol=0, atol=6e-4),
+        {"true": before, "divided": after, "scales": scales.tolist()},
     )
 
 
@@ -735,27 +801,31 @@ CLAIMS = (
         "6.mean",
         "Subtracting the group's mean, the response itself included, only scales the expected gradient, by 1 - 1/G.",
         "true if",
-        "independent responses, on-policy or weighted by r_t, rho_t or rho_H: then E[sum_t w_t g_t] = 0",
+        "independent responses, on-policy or weighted by r_t, rho_t or rho_H, unclipped: then E[sum_t w_t g_t] = 0; "
+        "not under GSPO's ratio or a clip",
         "arXiv:2402.03300 and arXiv:2503.20783, made exact",
         check_mean,
         GROUP_MEAN,
         replace(GROUP_MEAN, scale=lambda _size: Fraction(1)),
         "the scale 1, as if the mean were free",
-        "The group mean costs a factor 1 - 1/G, the same for every prompt: it can be left to the learning rate, but "
-        "count it in when group sizes differ.",
+        "Under unclipped token, cumulative or sequence ratios the group mean costs a factor 1 - 1/G, the same for "
+        "every prompt: leave it to the learning rate, but count it in when group sizes differ. Under GSPO's ratio or a "
+        "clip the baseline is part of the objective.",
     ),
     Claim(
         "6.leave_one_out",
         "The mean of the other responses leaves the raw-reward expectation as it is, an outcome reward's bias with it.",
         "true if",
-        "independent responses, on-policy or weighted by r_t, rho_t or rho_H",
+        "independent responses, on-policy or weighted by r_t, rho_t or rho_H, unclipped; not under GSPO's ratio or a "
+        "clip",
         "arXiv:2402.14740 (RLOO)",
         check_leave_one_out,
         LEAVE_ONE_OUT,
         replace(LEAVE_ONE_OUT, exact=centered, library=ctpo.group_relative),
         "the mean that includes the response itself",
         "No group baseline repairs the bias of an outcome reward under a prefix ratio; leave-one-out at least adds "
-        "none of its own.",
+        "none of its own under unclipped token, cumulative or sequence ratios. Under GSPO's ratio or a clip the "
+        "baseline is part of the objective.",
     ),
     Claim(
         "6.baseline_off_policy",
@@ -782,8 +852,9 @@ CLAIMS = (
         std_scale,
         many_responses,
         "the law of infinite groups, 1/sqrt(p (1 - p))",
-        "With groups of 8 a hard prompt is weighted at most 1.43 times one that is solved half of the time; the law "
-        "of large groups says 5 times. What hard prompts lack are groups with any signal.",
+        "With groups of 8 a hard prompt is weighted at most 1.43 times one that is solved half of the time, where the "
+        "law of large groups says 5 times at p = .01; that can still turn a batch's sum around (6.std_sign). What hard "
+        "prompts lack are groups with any signal.",
     ),
     Claim(
         "6.std_sign",
@@ -796,7 +867,8 @@ CLAIMS = (
         (centered, ctpo.group_relative),
         "the mean subtracted, no division",
         "With graded rewards do not divide by the group's standard deviation unless winning comparisons is what you "
-        "want; for rewards of 0 and 1 the sign is safe.",
+        "want; for rewards of 0 and 1 each prompt keeps its sign, but prompts are reweighted, and their sum can turn "
+        "around.",
     ),
     Claim(
         "6.length",
