@@ -299,7 +299,8 @@ def markdown(
         "worlds is verified on those worlds, exactly where the engine is enumeration or dynamic programming, and not "
         "proven in general.\n",
         *_figures(OVERVIEW, figures),
-        "## Notation\n",
+        *_contents(outcomes, questions),
+        "\n## Notation\n",
         tables.markdown_rows([{"symbol": _escaped(name), "meaning": _escaped(text)} for name, text in NOTATION]),
         "\n## All claims\n",
         tables.markdown_rows(
@@ -315,7 +316,7 @@ def markdown(
         ),
     ]
     for chapter in _chapters(outcomes):
-        text.append(f"\n## {chapter.title}\n")
+        text += [f'\n<a id="chapter-{chapter.groups[0].lower()}"></a>\n', f"## {chapter.title}\n"]
         if chapter.paper:
             text += [f"*The paper.* {_escaped(chapter.paper)}\n", f"*What we find.* {_escaped(chapter.found)}\n"]
         text += _figures(chapter.figures, figures)
@@ -335,6 +336,12 @@ def markdown(
             text += _section(section)
     text += ["\n## Where the numbers come from\n", *_provenance({"verification": verification, **studies})]
     return "\n".join(text) + "\n"
+
+
+def _contents(outcomes: Sequence[Mapping[str, Any]], questions: Mapping[str, str]) -> list[str]:
+    """Links to the chapters and the studies."""
+    lines = [f"- [{chapter.title}](#chapter-{chapter.groups[0].lower()})" for chapter in _chapters(outcomes)]
+    return lines + [f"- [Study: {_escaped(question)}](#study-{name})" for name, question in questions.items()]
 
 
 def _chapters(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[Chapter]:

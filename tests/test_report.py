@@ -87,7 +87,8 @@ def test_page_shows_the_text_as_it_is(tmp_path):
         "Other claims",
     ):
         assert shown in re.sub(r"\s+", " ", reader.text), shown
-    assert {link[1:] for link in reader.links} == {"claim-1-a", "claim-4-b", "claim-99-c"} <= reader.ids
+    places = {"claim-1-a", "claim-4-b", "claim-99-c", "chapter-1", "chapter-4", "chapter-99"}
+    assert {link[1:] for link in reader.links} == places == reader.ids
 
 
 def test_findings_stand_in_their_chapter():
@@ -106,6 +107,9 @@ def test_studies_and_figures(tmp_path):
         figures={"overview": "one.png", "grid": "one.png"},
     )
     page = report.page(text, tmp_path)
+    reader = Reader()
+    reader.feed(page)
+    assert {link[1:] for link in reader.links} <= reader.ids >= {"study-grid", "study-phase"}
     assert page.count('src="data:image/png;base64,') == 2
     assert "one.png" not in page
     assert "python -m simulations run phase" in page
