@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reporting = commands.add_parser("report", help="the results as a text to read, markdown and one HTML page")
     reporting.add_argument("--results", type=_folder, default=results.RESULTS, help="folder of result files")
     reporting.add_argument("--output", type=_folder, help="folder for report.md, report.html and figures/")
+    reporting.add_argument("--readme", type=_file, help="README whose table of claims to bring up to date")
 
     recording = commands.add_parser("record", help="record log-probability traces of a language model")
     _add_record_options(recording)
@@ -358,6 +359,8 @@ def write_report(options: argparse.Namespace) -> int:
     text = report.markdown(verification, studies, questions=questions, figures=figures)
     results.write_text(folder / "report.md", text)
     results.write_text(folder / "report.html", report.page(text, folder))
+    if options.readme is not None:
+        results.write_text(options.readme, report.readme(options.readme.read_text(encoding="utf-8"), verification))
     print(f"report in {_shown(folder / 'report.md')} and {_shown(folder / 'report.html')}")
     return 0
 

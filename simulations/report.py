@@ -10,6 +10,7 @@ import html
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,9 @@ STUDY_FIGURES: dict[str, dict[str, str]] = {
     "training": {"training": "Learning curves of the toy study."},
 }
 
+VERDICTS = ("true", "true if", "false")
+_BEGIN, _END = "<!-- claims: begin -->", "<!-- claims: end -->"
+
 _PAGE = string.Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -342,6 +346,40 @@ def _contents(outcomes: Sequence[Mapping[str, Any]], questions: Mapping[str, str
     """Links to the chapters and the studies."""
     lines = [f"- [{chapter.title}](#chapter-{chapter.groups[0].lower()})" for chapter in _chapters(outcomes)]
     return lines + [f"- [Study: {_escaped(question)}](#study-{name})" for name, question in questions.items()]
+
+
+def readme(text: str, verification: Mapping[str, Any]) -> str:
+    """The README with its table of chapters, between two markers, as a complete verification has it.
+
+    Raises:
+        ValueError: The markers are not there, or a claim was not verified.
+    """
+    outcomes = verification["claims"]
+    if missed := [outcome["id"] for outcome in outcomes if not outcome["passed"]]:
+        raise ValueError(f"verification: the README states what is verified, {', '.join(missed)} is not")
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"readme: must have the markers {_BEGIN} and {_END}")
+    counts = Counter(outcome["verdict"] for outcome in outcomes)
+    made = verification["provenance"]
+    rows = []
+    for chapter in _chapters(outcomes):
+        chosen = Counter(o["verdict"] for o in outcomes if o["id"].split(".")[0] in chapter.groups)
+        rows.append(
+            {
+                "claims": ", ".join(f"`{group}`" for group in chapter.groups),
+                "what we find": f"**{chapter.title.lstrip('0123456789. ')}.** {chapter.found}",
+                "verdicts": ", ".join(
+                    f"{chosen[name]} {name}" for name in ("true", "true if", "false") if chosen[name]
+                ),
+            }
+        )
+    head = (
+        f"{len(outcomes)} claims: {counts['true']} true, {counts['true if']} true under a stated assumption, "
+        f"{counts['false']} false. All as expected, in {made['seconds']:.0f} s on {made['machine']['cores']} cores:"
+    )
+    return f"{before}{_BEGIN}\n{head}\n\n{tables.markdown_rows(rows)}{_END}{after}"
 
 
 def _chapters(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[Chapter]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from simulations import report
 from simulations.claims import CLAIMS
-from simulations.report import CHAPTERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,19 +39,22 @@ def test_example_runs(name, capsys):
         assert "E rho_t" in printed or "Mean" in printed
 
 
-def test_table_has_every_chapter_with_what_it_finds():
-    table = README.split("<!-- claims: begin -->")[1].split("<!-- claims: end -->")[0]
-    rows = re.findall(r"^\| (`[^|]+`) \| \*\*(.*?)\*\* (.*) \| ([^|]*) \|$", table, flags=re.MULTILINE)
-    assert len(rows) == len(CHAPTERS)
-    for (groups, title, found, verdicts), chapter in zip(rows, CHAPTERS, strict=True):
-        assert tuple(re.findall("`(.+?)`", groups)) == chapter.groups
-        assert chapter.title.endswith(title.removesuffix("."))
-        assert found == chapter.found
-        counted = Counter(c.verdict for c in CLAIMS.values() if c.id.split(".")[0] in chapter.groups)
-        assert {name: int(n) for n, name in re.findall(r"(\d+) (true if|true|false)", verdicts)} == counted
-    counts = Counter(claim.verdict for claim in CLAIMS.values())
-    head = f"{len(CLAIMS)} claims: {counts['true']} true, {counts['true if']} true under a stated assumption, "
-    assert head + f"{counts['false']} false." in table
+def test_table_is_the_registrys():
+    outcomes = [{"id": name, "verdict": claim.verdict, "passed": True} for name, claim in CLAIMS.items()]
+    seconds = int(re.findall(r"All as expected, in (\d+) s on (\d+) cores", README)[0][0])
+    verification = {"claims": outcomes, "provenance": {"seconds": seconds, "machine": {"cores": 2}}}
+    assert report.readme(README, verification) == README
+    assert len(re.findall(r"^\| `", README.split("claims: end")[0], flags=re.MULTILINE)) == len(report.CHAPTERS)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"checks {len(CLAIMS)} claims in {len(report.CHAPTERS)} chapters" in " ".join(changelog.split())
+
+
+def test_table_states_only_what_is_verified():
+    outcomes = [{"id": "1.log", "verdict": "false", "passed": False}]
+    with pytest.raises(ValueError, match=r"1\.log is not"):
+        report.readme(README, {"claims": outcomes, "provenance": {}})
+    with pytest.raises(ValueError, match="markers"):
+        report.readme("no table", {"claims": [], "provenance": {}})
 
 
 def test_images_and_links_exist():
