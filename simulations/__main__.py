@@ -353,8 +353,11 @@ def write_report(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f"no figures: {error}; pip install -c constraints.txt -e '.[figures]'", file=sys.stderr)
     else:
+        before = {path: path.stat().st_mtime_ns for path in (folder / "figures").glob("*.png")}
         draw(["--results", str(options.results), "--output", str(folder / "figures")])
-        figures = {path.stem: f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.png"))}
+        # A figure that an earlier run left there may show other results.
+        drawn = [path for path in (folder / "figures").glob("*.png") if path.stat().st_mtime_ns != before.get(path)]
+        figures = {path.stem: f"figures/{path.name}" for path in drawn}
     questions = {name: study.question for name, study in STUDIES.items()}
     text = report.markdown(verification, studies, questions=questions, figures=figures)
     results.write_text(folder / "report.md", text)

@@ -124,8 +124,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     results.write_json(tmp_path / "verification.json", verification(outcome("1.a")))
     study = sweep.Study("made-up", "Why?", lambda *_: {}, dict, dict)
     monkeypatch.setattr(cli, "STUDIES", {"made-up": study})
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    (tmp_path / "out" / "figures" / "overview.png").write_bytes(PIXEL)
     assert cli.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     assert "run made-up" in (tmp_path / "out" / "report.md").read_text()
+    assert "overview.png" not in (tmp_path / "out" / "report.md").read_text()  # left by another run
     assert "<title>Importance ratios" in (tmp_path / "out" / "report.html").read_text()
 
 
