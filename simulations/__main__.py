@@ -141,7 +141,10 @@ def selected(only: Sequence[str] | None) -> list[str]:
         return list(CLAIMS)
     for prefix in only:
         if not any(_matches(identifier, prefix) for identifier in CLAIMS):
-            raise ValueError(f"--only: no claim {prefix!r}; the claims are {', '.join(CLAIMS)}")
+            groups = ", ".join(dict.fromkeys(name.split(".")[0] for name in CLAIMS))
+            raise ValueError(
+                f"--only: no claim {prefix!r}; the groups are {groups} (`python -m simulations list` shows the claims)"
+            )
     return [identifier for identifier in CLAIMS if any(_matches(identifier, prefix) for prefix in only)]
 
 
@@ -209,7 +212,7 @@ def verify_claims(options: argparse.Namespace) -> int:
     console.print(tables.claims_table(claims, every=bool(options.evidence or options.only)))
     for section in data["findings"] if options.evidence or options.only else ():
         console.print(tables.plain_table(section["title"], section["rows"]))
-        console.print(section["note"], style="dim")
+        console.print(section["note"], style="dim", markup=False)
     written = "a part of the claims: nothing was written"
     if not options.only or options.output:
         folder = options.output or results.RESULTS
@@ -337,7 +340,7 @@ def run_studies(options: argparse.Namespace) -> int:
         )
         for section in data["tables"]:
             console.print(tables.plain_table(section["title"], section["rows"]))
-            console.print(section["note"], style="dim")
+            console.print(section["note"], style="dim", markup=False)
         seconds = time.perf_counter() - start
         console.print(f"{name}: {seconds:.0f} s; written to {_shown(folder / f'{name}.json')}", soft_wrap=True)
     return 0

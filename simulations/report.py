@@ -421,7 +421,7 @@ def _claim(outcome: Mapping[str, Any]) -> list[str]:
 
 def _section(section: Mapping[str, Any]) -> list[str]:
     rows = [
-        {name: _escaped(value) if isinstance(value, str) else value for name, value in row.items()}
+        {_escaped(name): _escaped(value) if isinstance(value, str) else value for name, value in row.items()}
         for row in section["rows"]
     ]
     return [

@@ -81,6 +81,8 @@ def run(
     store = _Store(folder / f"{study.name}.partial.jsonl", {**configuration, "code": code_fingerprint()}, tasks)
     missing = [key for key in tasks if key not in store.done]
     kept = len(tasks) - len(missing)
+    if console is not None and store.replaced:
+        console.print(f"{store.path.name} was of other settings or another version of the code: begun anew")
     if console is not None and kept:
         console.print(f"{kept} of {len(tasks)} tasks were already done: {store.path.name}")
     with progress(console) as bar:
@@ -199,7 +201,8 @@ class _Store:
         self.head = {**head, "tasks": hashlib.sha256(listed.encode()).hexdigest()[:16]}
         self.done: dict[str, dict[str, Any]] = {}
         lines = self._complete_lines()
-        if lines and lines[0] == self.head:
+        self.replaced = bool(lines) and lines[0] != self.head
+        if lines and not self.replaced:
             self.done = {line["key"]: line["result"] for line in lines[1:] if line["key"] in tasks}
             lines = [self.head, *({"key": key, "result": result} for key, result in self.done.items())]
         else:

@@ -57,13 +57,13 @@ def claims_table(outcomes: Sequence[Mapping[str, Any]], *, every: bool = True) -
 
 def plain_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of any rows; numbers are right-aligned and shortened."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(rows[0]) if rows else []
     for name in names:
         numeric = all(isinstance(row[name], (int, float)) or row[name] is None for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=name == names[0])
+        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=name == names[0])
     for row in rows:
-        table.add_row(*[cell(row[name]) for name in names])
+        table.add_row(*[Text(cell(row[name])) for name in names])  # as text: [t] is no markup
     return table
 
 
@@ -81,7 +81,7 @@ def markdown_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = ["| " + " | ".join(name.replace("|", "\\|") for name in names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(cell(row[name]).replace("|", "\\|") for name in names) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -160,6 +160,13 @@ def test_a_claim_without_evidence_does_not_pass():
     assert not verify(claim, Context()).passed
 
 
+def test_list_shows_statements_as_they_are(capsys):
+    assert cli.main(["list", "--only", "1"]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    for part in ("E_b[rho_H|first", "E_b[rho_t^2chi2", "=rho_t."):
+        assert part in printed
+
+
 # --- the command line -----------------------------------------------------------------------------------------------
 
 

@@ -47,3 +47,13 @@ def test_report_has_every_claim_as_it_is_registered():
         assert _escaped(claim.conclusion) in found[identifier]
         assert "NOT as expected" not in found[identifier]
     assert ", changed" not in text, "made from a changed tree"
+
+
+def test_tables_of_the_report_have_as_many_cells_in_every_row():
+    widths = []
+    for line in REPORT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            widths.append(len(re.findall(r"(?<!\\)\|", line)))
+        elif widths:
+            assert len(set(widths)) == 1, line
+            widths = []

@@ -39,7 +39,7 @@ def test_example_runs(name, capsys):
         assert "E rho_t" in printed or "Mean" in printed
 
 
-def test_table_is_the_registrys():
+def test_table_is_that_of_the_registry():
     outcomes = [{"id": name, "verdict": claim.verdict, "passed": True} for name, claim in CLAIMS.items()]
     seconds = int(re.findall(r"All as expected, in (\d+) s on (\d+) cores", README)[0][0])
     verification = {"claims": outcomes, "provenance": {"seconds": seconds, "machine": {"cores": 2}}}

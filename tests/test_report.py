@@ -36,7 +36,7 @@ def outcome(identifier: str, verdict: str = "true if", passed: bool = True) -> d
 
 
 def verification(*outcomes: dict) -> dict:
-    findings = [{"group": "4", "title": "Findings", "note": "of one model", "rows": [{"name": "x_1_y", "value": 0.5}]}]
+    findings = [{"group": "4", "title": "Findings", "note": "of one model", "rows": [{"name": "x_1_y", "|g|^2": 0.5}]}]
     return {"provenance": results.provenance({"seed": 3}), "claims": list(outcomes), "findings": findings}
 
 
@@ -77,6 +77,7 @@ def test_page_shows_the_text_as_it_is(tmp_path):
     reader = Reader()
     reader.feed(report.page(text, tmp_path))
     assert reader.open == []
+    assert "|g|^2" in reader.text
     for shown in (
         "2 of 3 claims verified as expected",
         "Var(rho_t) < Var(rho_H) for f_1 and f_2.",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulations import __main__ as cli
-from simulations import sweep
+from simulations import sweep, tables
 
 
 def squared(number: int, folder: str) -> dict[str, float]:
@@ -91,6 +91,12 @@ def test_work_of_another_run_is_not_reused(tmp_path, monkeypatch, change):
         monkeypatch.setattr(sweep, "code_fingerprint", lambda: "another version")
     sweep.run(mended, tmp_path, seed=1 if change == "seed" else 0, quick=change == "quick")
     assert times_done(tmp_path)["1"] == 2
+
+
+def test_work_that_is_not_reused_is_not_thrown_away_in_silence(tmp_path, capsys):
+    mended = interrupted(tmp_path)
+    sweep.run(mended, tmp_path, seed=1, console=tables.console())
+    assert "was of other settings" in capsys.readouterr().out
 
 
 def test_the_fingerprint_is_of_the_source(tmp_path, monkeypatch):
