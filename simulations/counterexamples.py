@@ -733,8 +733,8 @@ def summary(done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "tables": [
             {
                 "title": "Statements that fail, each in the smallest world found",
-                "note": "two tokens, one logit shared where the world says every token, else one per place; exact, by enumeration, and "
-                "confirmed by a second computation",
+                "note": "two tokens, one logit shared where the world says every token, else one per place; exact, by "
+                "enumeration, and confirmed by a second computation",
                 "rows": broken,
             },
             {
