@@ -24,7 +24,7 @@ def overview(results: Results) -> Figure:
     figure = style.sheet(
         8,
         3.5,
-        "With exact advantages cumulative ratios are unbiased; trained-on, logs spread almost as t"
+        "With exact advantages cumulative ratios are unbiased; trained-on, logs spread almost like t"
         if claimed and linear
         else "Bias by ratio, and spread of the log-ratio on a language model",
         f"Left: a dot for each of {len(ratios[0].relative_bias)} enumerated worlds, exact advantage; bar: median. "

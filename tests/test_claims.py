@@ -242,7 +242,8 @@ def test_unknown_claim_is_refused(capsys):
     assert cli.main(["verify", "--only", "99"]) == 2
     message = capsys.readouterr().err
     assert "'99'" in message
-    assert "1.martingale" in message
+    assert "1, 1s, 2" in message
+    assert "simulations list" in message
 
 
 def test_list_names_every_claim(capsys):
