@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import test_paper_figures as others
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from paper_figures import __main__ as command
 from paper_figures import data, style, training
@@ -70,17 +69,7 @@ def figure() -> Figure:
 
 
 def test_no_text_is_cut_or_covered_by_another(figure: Figure) -> None:
-    with style.styled():
-        figure.draw_without_rendering()
-    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in others.texts(figure)]
-    inside = figure.bbox
-    for text, box in boxes:
-        assert inside.x0 <= box.x0 < box.x1 <= inside.x1, text
-        assert inside.y0 <= box.y0 < box.y1 <= inside.y1, text
-    for (text, box), (other, second) in itertools.combinations(boxes, 2):
-        across = min(box.x1, second.x1) - max(box.x0, second.x0)
-        along = min(box.y1, second.y1) - max(box.y0, second.y0)
-        assert across <= 2 or along <= 2, f"{text!r} covers {other!r}"
+    others.check_texts(figure)
 
 
 def test_every_panel_shows_its_curves_with_their_bands(figure: Figure) -> None:
