@@ -8,13 +8,14 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import joblib
 import numpy as np
 import threadpoolctl
+from rich.console import Console
 
 import ctpo
 from simulations import (
@@ -210,9 +211,8 @@ def verify_claims(options: argparse.Namespace) -> int:
     }
     data["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
     console.print(tables.claims_table(claims, every=bool(options.evidence or options.only)))
-    for section in data["findings"] if options.evidence or options.only else ():
-        console.print(tables.plain_table(section["title"], section["rows"]))
-        console.print(section["note"], style="dim", markup=False)
+    if options.evidence or options.only:
+        _print_sections(console, data["findings"])
     written = "a part of the claims: nothing was written"
     if not options.only or options.output:
         folder = options.output or results.RESULTS
@@ -228,6 +228,12 @@ def verify_claims(options: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 1 if missed else 0
+
+
+def _print_sections(console: Console, sections: Sequence[Mapping[str, Any]]) -> None:
+    for section in sections:
+        console.print(tables.plain_table(section["title"], section["rows"]))
+        console.print(section["note"], style="dim", markup=False)
 
 
 def _shown(path: Path) -> str:
@@ -338,9 +344,7 @@ def run_studies(options: argparse.Namespace) -> int:
             scheduler=options.scheduler,
             console=console,
         )
-        for section in data["tables"]:
-            console.print(tables.plain_table(section["title"], section["rows"]))
-            console.print(section["note"], style="dim", markup=False)
+        _print_sections(console, data["tables"])
         seconds = time.perf_counter() - start
         console.print(f"{name}: {seconds:.0f} s; written to {_shown(folder / f'{name}.json')}", soft_wrap=True)
     return 0
