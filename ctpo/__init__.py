@@ -1,14 +1,15 @@
 """Importance ratios for off-policy reinforcement learning of language models.
 
-`ctpo.ratios` has the ratios, `ctpo.clipping` their windows, `ctpo.estimators` the policy-gradient
-coefficients made of both, `ctpo.advantages` what they are multiplied by. Importing this package needs NumPy
-and array-api-compat only.
+`ctpo.ratios` has the ratios, `ctpo.clipping` their windows, `ctpo.regions` trust regions, `ctpo.estimators` the
+policy-gradient coefficients made of them, `ctpo.zoo` those that have a name, `ctpo.advantages` what they are
+multiplied by. Importing this package needs NumPy and array-api-compat only.
 """
 
 from ctpo.advantages import doubly_robust, group_relative, leave_one_out, per_decision
 from ctpo.clipping import CalibratedClip, PositionClip, RatioClip
-from ctpo.estimators import ESTIMATORS, Coefficients, Estimator, get_estimator
+from ctpo.estimators import Coefficients, Estimator
 from ctpo.ratios import log_ratio, positions
+from ctpo.zoo import ESTIMATORS, get_estimator
 
 __version__ = "0.1.0"
 

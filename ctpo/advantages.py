@@ -196,7 +196,7 @@ def doubly_robust(
 
 def _recursive(rewards: Array, logp: Array, behavior_logp: Array, mask: Array | None, **critic: Array) -> Array:
     """The recursion of `doubly_robust` with the critic's q and v, or with none."""
-    xp, _, tokens = token_log_ratio(logp, behavior_logp, mask, rewards=rewards, **critic)
+    xp, _, tokens, _ = token_log_ratio(logp, behavior_logp, mask, rewards=rewards, **critic)
     rewards = _rewards_by_token(xp, rewards, tokens, mask)
     ratio = xp.exp(tokens)  # 1 where masked, and the term is 0 there: the recursion passes unchanged
     if not critic:

@@ -48,8 +48,9 @@ from ctpo._arrays import (
     one_of,
 )
 from ctpo.clipping import CalibratedClip
-from ctpo.estimators import Estimator, get_estimator
+from ctpo.estimators import Estimator
 from ctpo.ratios import Level, log_ratio, positions
+from ctpo.zoo import get_estimator
 
 __all__ = [
     "Diagnosis",

@@ -1,30 +1,10 @@
-r"""Policy-gradient estimators as detached coefficients, and the registry of those that have a name.
+r"""Policy-gradient estimators as detached coefficients.
 
 The gradient of almost every policy-gradient surrogate in use is :math:`\sum_t c_t A_t \nabla\log\pi(a_t|s_t)`
 with a coefficient :math:`c_t` = gate x weight that is held constant. An `Estimator` computes :math:`c_t`, and
 the surrogate's value, from log-probabilities alone: no automatic differentiation, any array API library.
 
-===========  ==================  ==============================================  ==========================
-name         weight              window, form                                    source
-===========  ==================  ==============================================  ==========================
-reinforce    1                   none                                            Williams (1992)
-grpo         r_t                 [0.8, 1.2], ppo                                 arXiv:2402.03300
-dapo         r_t                 [0.8, 1.28], ppo                                arXiv:2503.14476
-gspo         rho_H^(1/H)         [1 - 3e-4, 1 + 4e-4], ppo                       arXiv:2507.18071
-cispo        r_t                 [0, 5], cispo                                   arXiv:2506.13585
-sequence     rho_H               none, no numerical limit                        importance sampling
-ctpo         rho_t               exp(-.025 t^.5), exp(.05 t^.5), dual, ppo       arXiv:2605.07331 (code)
-ctpo_fixed   rho_t               [0.5, 5], ppo                                   arXiv:2605.07331 (Table 3)
-ctpo_mean    rho_t^(1/t)         exp(-.025 t^-.5), exp(.05 t^-.5), dual, ppo     arXiv:2608.01418 (PNPO)
-minpro       r_t min_{k<t} r_k   [0.8, 1.2], ppo                                 arXiv:2601.22718
-lookahead    rho_min(t+16, H)    none, no numerical limit                        16 tokens past t
-===========  ==================  ==============================================  ==========================
-
-r_t, rho_t and rho_H are the token, cumulative and sequence ratios of `ctpo.ratios`. The gates of "ctpo_mean"
-are those of "ctpo" exactly: dividing log-ratio and window by t changes no comparison, only the weight. The
-weight of "lookahead" lies between "ctpo" without a window (0 tokens ahead) and "sequence" (all of them): with
-an outcome reward its expectation uses the action value of following the target policy for 16 more tokens and
-the behavior policy after.
+`ctpo.zoo` has the estimators that have a name.
 
 What is unbiased: with a fixed target policy, without gates and limits, rho_t A_t has the target policy's
 expectation if A_t depends on tokens 1..t only (an exact advantage does, an outcome reward does not); rho_H
@@ -34,10 +14,8 @@ A_t has it always. Token ratio, length-normalized ratios and every gate are bias
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from ctpo._arrays import (
     Array,
@@ -49,15 +27,30 @@ from ctpo._arrays import (
     only_where,
     real_number,
 )
-from ctpo.clipping import Clip, PositionClip, RatioClip
-from ctpo.ratios import Level, at_level, bounded_positions, check_level, check_turn_ids, token_log_ratio
+from ctpo.clipping import Clip
+from ctpo.ratios import (
+    SCANNED_LEVELS,
+    Level,
+    TimeShards,
+    Totals,
+    at_level,
+    bounded_positions,
+    check_level,
+    check_turn_ids,
+    shard_totals,
+    token_log_ratio,
+)
+from ctpo.regions import Moves, Region
 
-__all__ = ["ESTIMATORS", "Coefficients", "Estimator", "Form", "get_estimator"]
+__all__ = ["Coefficients", "Estimator", "Evaluation", "Form"]
 
 Form = Literal["ppo", "cispo", "unclipped", "reinforce"]
 
 # Levels made of token log-ratios that are clamped before they are summed.
 _PREFIX_LEVELS = ("cumulative", "cumulative_mean", "window", "lookahead", "min_prefix")
+
+# Forms whose surrogate holds the ratio constant: no limit of its value can take the gradient of log pi away.
+_DETACHED_FORMS = ("cispo",)
 
 
 class Coefficients(NamedTuple):
@@ -70,6 +63,7 @@ class Coefficients(NamedTuple):
         clipped_high: The upper bound acted.
         clipped_dual: The dual bound acted (negative advantages only).
         saturated: One of the two numerical limits acted.
+        rejected: The trust region took the token away; weight and value are 0.
     """
 
     value: Array
@@ -78,6 +72,29 @@ class Coefficients(NamedTuple):
     clipped_high: Array
     clipped_dual: Array
     saturated: Array
+    rejected: Array
+
+
+class Evaluation(NamedTuple):
+    """`Coefficients` and what they were made of, arrays of (or that broadcast against) the shape (..., T).
+
+    Attributes:
+        coefficients: The result.
+        token_log_ratio: d_t, nats, 0 where masked.
+        log_ratio: At the estimator's level, before `max_log_ratio`, window and form; 0 where masked.
+        applied_log_ratio: After them: the logarithm of the ratio in the surrogate's value. Anything where masked.
+        advantages: As used, one per token or (..., 1).
+        position: t, in the working dtype; at least 1 everywhere.
+        totals: Those of all time shards, None without any.
+    """
+
+    coefficients: Coefficients
+    token_log_ratio: Array
+    log_ratio: Array
+    applied_log_ratio: Array
+    advantages: Array
+    position: Array
+    totals: Totals | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,10 @@ class Estimator:
             before it enters a sum, at the levels "cumulative", "cumulative_mean", "window", "lookahead" and
             "min_prefix"; no token loses its weight by that. At the level "token" a token outside gets weight
             0. The levels of whole sequences and turns sum unclamped log-ratios. None for no limit.
+        region: Trust region that takes further tokens away, see `ctpo.regions`; None for none.
+
+    In the form "cispo" the limits cut log-ratios but take no weight away: its ratio is a constant, which no gradient
+    goes through.
 
     The numerical limits are those of the released code of arXiv:2605.07331; `Coefficients.saturated` marks
     where they act, a clamped token at its own position. They have no part in the form "reinforce".
@@ -116,8 +137,8 @@ class Estimator:
 
     Example:
         >>> dapo = Estimator(level="token", clip=RatioClip(0.2, 0.28))
-        >>> dapo == ESTIMATORS["dapo"], dapo.form, dapo.max_log_ratio
-        (True, 'ppo', 10.0)
+        >>> dapo.form, dapo.max_log_ratio
+        ('ppo', 10.0)
     """
 
     level: Level
@@ -126,6 +147,7 @@ class Estimator:
     window: int | None = None
     max_log_ratio: float | None = 10.0
     max_token_log_ratio: float | None = 20.0
+    region: Region | None = None
 
     def __post_init__(self) -> None:
         check_level(self.level, self.window)
@@ -137,6 +159,8 @@ class Estimator:
             raise ValueError(f"clip must be {need} for the form {self.form!r}; got {self.clip!r}")
         if self.form == "cispo" and self.clip is not None and self.clip.dual is not None:
             raise ValueError(f"clip must have dual=None for the form 'cispo'; got {self.clip!r}")
+        if not (self.region is None or isinstance(self.region, Region)):
+            raise ValueError(f"region must be one of the classes of ctpo.regions, or None; got {self.region!r}")
         if self.form == "reinforce" and self.level != "token":
             raise ValueError(f"level must be 'token' for the form 'reinforce'; got {self.level!r}")
         if self.window is not None:
@@ -179,30 +203,78 @@ class Estimator:
         Example:
             >>> import numpy as np
             >>> logp, behavior_logp = np.log([[0.6, 0.9, 0.5]]), np.log([[0.5, 0.9, 0.25]])
-            >>> found = get_estimator("ctpo_fixed").coefficients(logp, behavior_logp, np.array([1.0]))
+            >>> estimator = Estimator("cumulative", RatioClip(0.5, 4.0))
+            >>> found = estimator.coefficients(logp, behavior_logp, np.array([1.0]))
             >>> found.weight.round(4), found.clipped_high
             (array([[1.2, 1.2, 2.4]]), array([[False, False, False]]))
         """
+        return self.evaluate(logp, behavior_logp, advantages, mask, turn_ids=turn_ids).coefficients
+
+    def evaluate(
+        self,
+        logp: Array,
+        behavior_logp: Array,
+        advantages: Array,
+        mask: Array | None = None,
+        *,
+        turn_ids: Array | None = None,
+        shards: TimeShards | None = None,
+    ) -> Evaluation:
+        """`coefficients`, together with the ratios that they are made of.
+
+        Args:
+            logp: As the other arguments not named here, as in `coefficients`.
+            behavior_logp: See there.
+            advantages: See there.
+            mask: See there.
+            turn_ids: See there.
+            shards: Access to the rest of the sequences if their time axis is split over processes; only for an
+                estimator with `scans_time`.
+
+        Returns:
+            `Evaluation`.
+
+        Raises:
+            ValueError: As `coefficients`, or `shards` is given to an estimator that cannot take it.
+        """
         check_turn_ids(self.level, turn_ids)
-        xp, logp, tokens = token_log_ratio(logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages)
+        if shards is not None and not self.scans_time:
+            raise ValueError(f"shards must be None for an estimator that has to see whole sequences; got it for {self}")
+        xp, logp, tokens, behavior_logp = token_log_ratio(
+            logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages
+        )
         advantages = _advantages_by_token(xp, advantages, tokens, mask)
         false = xp.zeros_like(tokens, dtype=xp.bool)
-        gated = saturated = low = high = dual = false
-        log_weight = xp.zeros_like(tokens)
-        if self.form != "reinforce":
-            log_weight, gated, saturated = self._limited_log_ratio(xp, tokens, mask, turn_ids)
+        limited, saturated, gated = self._limit_tokens(xp, tokens)
+        totals = None if shards is None else shard_totals(xp, limited, mask, shards)
+        position = bounded_positions(xp, tokens, mask, totals)
+        log_ratio = at_level(xp, limited, mask, self.level, window=self.window, turn_ids=turn_ids, totals=totals)
+        low = high = dual = false
+        applied = log_ratio
+        if self.max_log_ratio is not None and self.level != "token":
+            beyond = log_ratio > self.max_log_ratio
+            applied = xp.clip(log_ratio, max=self.max_log_ratio)
+            gated, saturated = gated | beyond, saturated | beyond
+        if self.form == "reinforce":
+            applied, gated, saturated = xp.zeros_like(tokens), false, false
+        elif self.form in _DETACHED_FORMS:
+            gated = false
         if self.clip is not None:
-            log_low, log_high, log_dual = self.clip.bounds(bounded_positions(xp, tokens, mask))
-            low, high = log_weight < log_low, log_weight > log_high
+            log_low, log_high, log_dual = self.clip.bounds(position)
+            low, high = applied < log_low, applied > log_high
             if self.form == "ppo":
                 low, high = low & (advantages < 0), high & (advantages > 0)
                 if log_dual is not None:
-                    dual = (log_weight > log_dual) & (advantages < 0)
+                    dual = (applied > log_dual) & (advantages < 0)
                 gated = gated | low | high | dual
-            log_weight = xp.where(low, log_low, xp.where(high, log_high, log_weight))
+            applied = xp.where(low, log_low, xp.where(high, log_high, applied))
             if log_dual is not None:
-                log_weight = xp.where(dual, log_dual, log_weight)
-        ratio = xp.exp(log_weight)
+                applied = xp.where(dual, log_dual, applied)
+        ratio = xp.exp(applied)
+        rejected = false
+        if self.region is not None:
+            rejected = self.region.rejects(xp, Moves(logp, behavior_logp, tokens, advantages, mask, position))
+            ratio = xp.where(rejected, 0.0, ratio)
         weight = xp.where(gated if mask is None else gated | ~mask, 0.0, ratio)
         # 0 times anything is 0 here, also times a ratio that has overflowed and times log 0.
         if self.form in ("cispo", "reinforce"):
@@ -211,28 +283,22 @@ class Estimator:
         else:
             counted = advantages != 0
             value = xp.where(counted if mask is None else counted & mask, ratio, 0.0) * advantages
-        # Combining with False makes four arrays, also of flags that nothing has set.
-        flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated))
-        return Coefficients(value, weight, *flags)
+        # Combining with False makes separate arrays, also of flags that nothing has set.
+        flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated, rejected))
+        return Evaluation(Coefficients(value, weight, *flags), tokens, log_ratio, applied, advantages, position, totals)
 
-    def _limited_log_ratio(
-        self, xp: Namespace, tokens: Array, mask: Array | None, turn_ids: Array | None
-    ) -> tuple[Array, Array, Array]:
-        """Log-ratio within the numerical limits, where they take the weight away, and where they acted."""
-        gated = saturated = xp.zeros_like(tokens, dtype=xp.bool)
-        limit = self.max_token_log_ratio
-        if limit is not None and self.level in ("token", *_PREFIX_LEVELS):
-            saturated = abs(tokens) > limit
-            tokens = xp.clip(tokens, min=-limit, max=limit)
-            if self.level == "token":
-                gated = saturated
-        log_weight = at_level(xp, tokens, mask, self.level, window=self.window, turn_ids=turn_ids)
-        limit = self.max_log_ratio
-        if limit is not None and self.level != "token":
-            gated = log_weight > limit
-            log_weight = xp.clip(log_weight, max=limit)
-            saturated = saturated | gated
-        return log_weight, gated, saturated
+    @property
+    def scans_time(self) -> bool:
+        """Whether totals per sequence are all that a shard of the time axis needs to know of the others."""
+        return self.level in SCANNED_LEVELS and (self.region is None or self.region.scope == "token")
+
+    def _limit_tokens(self, xp: Namespace, tokens: Array) -> tuple[Array, Array, Array]:
+        """Token log-ratios within `max_token_log_ratio`, where it acted, and where it takes the weight away."""
+        limit, none = self.max_token_log_ratio, xp.zeros_like(tokens, dtype=xp.bool)
+        if limit is None or self.level not in ("token", *_PREFIX_LEVELS):
+            return tokens, none, none
+        acted = abs(tokens) > limit
+        return xp.clip(tokens, min=-limit, max=limit), acted, acted if self.level == "token" else none
 
 
 def _advantages_by_token(xp: Namespace, advantages: Array, tokens: Array, mask: Array | None) -> Array:
@@ -248,49 +314,3 @@ def _advantages_by_token(xp: Namespace, advantages: Array, tokens: Array, mask: 
     advantages = only_where(xp, acting, advantages)
     check_finite(xp, "advantages", advantages, acting, where="in every sequence with a policy token")
     return advantages[..., None]
-
-
-_RELEASED_CLIP = PositionClip(low=0.025, high=0.05, power=0.5, dual=0.05)
-
-ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
-    {
-        "reinforce": Estimator("token", form="reinforce"),
-        "grpo": Estimator("token", RatioClip(0.2, 0.2)),
-        "dapo": Estimator("token", RatioClip(0.2, 0.28)),
-        "gspo": Estimator("sequence_mean", RatioClip(3e-4, 4e-4)),
-        "cispo": Estimator("token", RatioClip(1.0, 4.0), form="cispo"),
-        "sequence": Estimator("sequence", form="unclipped", max_log_ratio=None, max_token_log_ratio=None),
-        "ctpo": Estimator("cumulative", _RELEASED_CLIP),
-        "ctpo_fixed": Estimator("cumulative", RatioClip(0.5, 4.0)),
-        "ctpo_mean": Estimator("cumulative_mean", replace(_RELEASED_CLIP, power=-0.5)),
-        "minpro": Estimator("min_prefix", RatioClip(0.2, 0.2)),
-        "lookahead": Estimator("lookahead", form="unclipped", window=16, max_log_ratio=None, max_token_log_ratio=None),
-    }
-)
-"""The named estimators of the table at the top of this module; read-only."""
-
-
-def get_estimator(estimator: str | Estimator, **changes: Any) -> Estimator:
-    """A named estimator, or a given one, with some fields changed.
-
-    Args:
-        estimator: A name in `ESTIMATORS`, or an `Estimator`.
-        **changes: New values of its fields.
-
-    Returns:
-        The estimator.
-
-    Raises:
-        ValueError: The name or a field is unknown, or the changed fields do not go together.
-
-    Example:
-        >>> get_estimator("ctpo", clip=PositionClip(dual=None)).clip  # the formula as printed in the paper
-        PositionClip(low=0.025, high=0.05, power=0.5, dual=None, drift=0.0)
-    """
-    if not isinstance(estimator, Estimator):
-        one_of("estimator", estimator, ESTIMATORS)
-        estimator = ESTIMATORS[estimator]
-    allowed = [field.name for field in fields(Estimator)]
-    for name in changes:
-        one_of("changes", name, allowed)
-    return replace(estimator, **changes)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import array_api_compat
 
@@ -149,7 +149,7 @@ def log_ratio(
     """
     check_level(level, window)
     check_turn_ids(level, turn_ids)
-    xp, _, tokens = token_log_ratio(logp, behavior_logp, mask, turn_ids=turn_ids)
+    xp, _, tokens, _ = token_log_ratio(logp, behavior_logp, mask, turn_ids=turn_ids)
     return at_level(xp, tokens, mask, level, window=window, turn_ids=turn_ids)
 
 
@@ -159,6 +159,7 @@ class TokenLogRatio(NamedTuple):
     xp: Namespace
     logp: Array
     log_ratio: Array
+    behavior_logp: Array
 
 
 def token_log_ratio(
@@ -189,7 +190,41 @@ def token_log_ratio(
     check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True)
     sampled = "at every policy token, which the behavior policy has sampled"
     check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled)
-    return TokenLogRatio(xp, logp, logp - behavior_logp)
+    return TokenLogRatio(xp, logp, logp - behavior_logp, behavior_logp)
+
+
+class TimeShards(Protocol):
+    """Access to the other shards of sequences whose time axis is split over processes, in the order of time."""
+
+    rank: int
+
+    def gather(self, x: Array) -> Array:
+        """The same array of every shard, in order, stacked along a new first axis."""
+
+
+class Totals(NamedTuple):
+    """Sums over the earlier shards and over all shards of every sequence, each of shape (..., 1)."""
+
+    log_ratio_before: Array
+    tokens_before: Array
+    minimum_before: Array  # +inf if no policy token came before
+    log_ratio: Array
+    tokens: Array
+
+
+# Levels for which the totals of the other shards are all that is needed of them.
+SCANNED_LEVELS = ("token", "cumulative", "cumulative_mean", "sequence", "sequence_mean", "min_prefix")
+
+
+def shard_totals(xp: Namespace, tokens: Array, mask: Array | None, shards: TimeShards) -> Totals:
+    """Totals from token log-ratios that are 0 where masked: one exchange of three numbers per sequence."""
+    count = xp.ones_like(tokens) if mask is None else xp.astype(mask, tokens.dtype)
+    own = [xp.sum(tokens, axis=-1), xp.sum(count, axis=-1), xp.min(only_where(xp, mask, tokens, math.inf), axis=-1)]
+    total, counted, least = xp.unstack(shards.gather(xp.stack(own, axis=-1))[..., None, :], axis=-1)
+    earlier = slice(0, shards.rank)  # an exclusive scan; before the first shard stands what is neutral
+    minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0], math.inf)
+    sums = (xp.sum(total[earlier], axis=0), xp.sum(counted[earlier], axis=0))
+    return Totals(*sums, minimum, xp.sum(total, axis=0), xp.sum(counted, axis=0))
 
 
 def at_level(
@@ -200,10 +235,15 @@ def at_level(
     *,
     window: int | None = None,
     turn_ids: Array | None = None,
+    totals: Totals | None = None,
 ) -> Array:
-    """Log-ratios at `level` from token log-ratios that are 0 where masked."""
+    """Log-ratios at `level` from token log-ratios that are 0 where masked.
+
+    `totals` are those of time shards, for the `SCANNED_LEVELS` only.
+    """
     if level == "token":
         return tokens
+    assert totals is None or level in SCANNED_LEVELS
     if level in ("window", "lookahead"):
         assert window is not None
         return _over_neighbors(xp, tokens, mask, level, window)
@@ -213,29 +253,38 @@ def at_level(
     if level == "min_prefix":
         # +inf is neutral in a minimum, and no token log-ratio is +inf: where it stays, nothing came before.
         earlier = delay(xp, running_minimum(xp, only_where(xp, mask, tokens, math.inf)), 1, math.inf)
+        if totals is not None:
+            earlier = xp.minimum(earlier, totals.minimum_before)
         value = tokens + xp.where(earlier == math.inf, 0.0, earlier)
     elif level in ("cumulative", "cumulative_mean"):
         value = xp.cumulative_sum(tokens, axis=-1)
+        if totals is not None:
+            value = value + totals.log_ratio_before
         if level == "cumulative_mean":
-            value = value / bounded_positions(xp, tokens, mask)
+            value = value / bounded_positions(xp, tokens, mask, totals)
     else:
-        total = xp.sum(tokens, axis=-1, keepdims=True)
+        total = xp.sum(tokens, axis=-1, keepdims=True) if totals is None else totals.log_ratio
         if level == "sequence_mean":
-            total = total / _policy_tokens(xp, tokens, mask)
+            total = total / policy_tokens(xp, tokens, mask, totals)
         value = total + xp.zeros_like(tokens)  # written out, not a view whose entries share memory
     return only_where(xp, mask, value)
 
 
-def bounded_positions(xp: Namespace, like: Array, mask: Array | None) -> Array:
+def bounded_positions(xp: Namespace, like: Array, mask: Array | None, totals: Totals | None = None) -> Array:
     """Positions in the dtype of `like`, at least 1 everywhere, of a shape that broadcasts against it."""
     if mask is None:
-        return xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
-    count = xp.cumulative_sum(xp.astype(mask, like.dtype), axis=-1)
-    return xp.clip(count, min=1.0)
+        count = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
+    else:
+        count = xp.cumulative_sum(xp.astype(mask, like.dtype), axis=-1)
+    if totals is not None:
+        count = count + totals.tokens_before
+    return count if mask is None else xp.clip(count, min=1.0)
 
 
-def _policy_tokens(xp: Namespace, like: Array, mask: Array | None) -> Array | int:
+def policy_tokens(xp: Namespace, like: Array, mask: Array | None, totals: Totals | None = None) -> Array | int:
     """Number of policy tokens of each sequence, at least 1, shape (..., 1)."""
+    if totals is not None:
+        return xp.clip(totals.tokens, min=1.0)
     if mask is None:
         return max(like.shape[-1], 1)
     count = xp.sum(xp.astype(mask, like.dtype), axis=-1, keepdims=True)

@@ -130,6 +130,7 @@ def coefficients(
             "clipped_high": False,
             "clipped_dual": False,
             "saturated": False,
+            "rejected": False,
             "margin": math.inf,
         }
         result.append(row)
@@ -162,6 +163,8 @@ def coefficients(
                 log_w, dropped, row["clipped_dual"] = dual, True, True
         row["margin"] = margin
         w = math.exp(log_w)
+        if form == "cispo":  # its ratio is a constant: a limit cuts it and takes no gradient away
+            dropped = False
         row["weight"] = 0.0 if dropped else w
         if form == "cispo":
             row["value"] = row["weight"] * a * logp[t] if row["weight"] * a != 0 else 0.0
