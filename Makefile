@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test figures studies report bench check clean
+.PHONY: verify test test-verl figures studies report bench check clean
 
 ## Check every claim, print the table, draw the figures (results/).
 verify: .venv/simulations.installed
@@ -13,6 +13,10 @@ verify: .venv/simulations.installed
 ## Run all tests on all cores.
 test: .venv/test.installed
 	$(RUN) -m pytest -n auto
+
+## Run the tests of the verl plug-in, in an environment of its own: verl needs an older transformers.
+test-verl: .venv-verl/installed
+	.venv-verl/bin/python -m pytest tests_verl -n auto
 
 ## Draw the figures from the results of the last verification.
 figures: .venv/simulations.installed
@@ -51,8 +55,14 @@ check: .venv/dev.installed
 	$(INSTALL) -e ".[dev]"
 	touch $@
 
+.venv-verl/installed: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
+		-e ".[verl]" hypothesis pytest pytest-xdist
+	touch $@
+
 .venv:
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv build dist results ctpo.egg-info
+	rm -rf .venv .venv-verl build dist results ctpo.egg-info
