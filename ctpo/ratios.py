@@ -219,8 +219,12 @@ SCANNED_LEVELS = ("token", "cumulative", "cumulative_mean", "sequence", "sequenc
 def shard_totals(xp: Namespace, tokens: Array, mask: Array | None, shards: TimeShards) -> Totals:
     """Totals from token log-ratios that are 0 where masked: one exchange of three numbers per sequence."""
     count = xp.ones_like(tokens) if mask is None else xp.astype(mask, tokens.dtype)
-    own = [xp.sum(tokens, axis=-1), xp.sum(count, axis=-1), xp.min(only_where(xp, mask, tokens, math.inf), axis=-1)]
-    total, counted, least = xp.unstack(shards.gather(xp.stack(own, axis=-1))[..., None, :], axis=-1)
+    total = xp.sum(tokens, axis=-1)
+    least = xp.full_like(total, math.inf)  # the minimum over nothing, as in a shard of no time steps
+    if tokens.shape[-1]:
+        least = xp.min(only_where(xp, mask, tokens, math.inf), axis=-1)
+    own = xp.stack([total, xp.sum(count, axis=-1), least], axis=-1)
+    total, counted, least = xp.unstack(shards.gather(own)[..., None, :], axis=-1)
     earlier = slice(0, shards.rank)  # an exclusive scan; before the first shard stands what is neutral
     minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0], math.inf)
     sums = (xp.sum(total[earlier], axis=0), xp.sum(counted[earlier], axis=0))
