@@ -225,8 +225,8 @@ def shard_totals(xp: Namespace, tokens: Array, mask: Array | None, shards: TimeS
         least = xp.min(only_where(xp, mask, tokens, math.inf), axis=-1)
     own = xp.stack([total, xp.sum(count, axis=-1), least], axis=-1)
     total, counted, least = xp.unstack(shards.gather(own)[..., None, :], axis=-1)
-    earlier = slice(0, shards.rank)  # an exclusive scan; before the first shard stands what is neutral
-    minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0], math.inf)
+    earlier = (slice(0, shards.rank), ...)  # an exclusive scan; before the first shard stands what is neutral
+    minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0, ...], math.inf)
     sums = (xp.sum(total[earlier], axis=0), xp.sum(counted[earlier], axis=0))
     return Totals(*sums, minimum, xp.sum(total, axis=0), xp.sum(counted, axis=0))
 
