@@ -36,7 +36,8 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 def test_public_names_are_exactly_the_listed_ones():
     assert len(set(ctpo.__all__)) == len(ctpo.__all__)
-    visible = {name for name, value in vars(ctpo).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    names = {name for name in dir(ctpo) if not name.startswith("_")}
+    visible = {name for name in names if not inspect.ismodule(getattr(ctpo, name))}
     assert visible == set(ctpo.__all__) - {"__version__"}
     assert ctpo.__version__ == version("ctpo")
 
