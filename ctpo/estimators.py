@@ -85,7 +85,7 @@ class Evaluation(NamedTuple):
         applied_log_ratio: After them: the logarithm of the ratio in the surrogate's value. Anything where masked.
         advantages: As used, one per token or (..., 1).
         position: t, in the working dtype; at least 1 everywhere.
-        totals: Those of all time shards, None without any.
+        totals: Those of `token_log_ratio`, which has no limit, over all time shards; None without any.
     """
 
     coefficients: Coefficients
@@ -246,7 +246,9 @@ class Estimator:
         advantages = _advantages_by_token(xp, advantages, tokens, mask)
         false = xp.zeros_like(tokens, dtype=xp.bool)
         limited, saturated, gated = self._limit_tokens(xp, tokens)
-        totals = None if shards is None else shard_totals(xp, limited, mask, shards)
+        totals = raw_totals = None
+        if shards is not None:
+            totals, raw_totals = shard_totals(xp, mask, shards, limited, tokens)
         position = bounded_positions(xp, tokens, mask, totals)
         log_ratio = at_level(xp, limited, mask, self.level, window=self.window, turn_ids=turn_ids, totals=totals)
         low = high = dual = false
@@ -285,7 +287,8 @@ class Estimator:
             value = xp.where(counted if mask is None else counted & mask, ratio, 0.0) * advantages
         # Combining with False makes separate arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated, rejected))
-        return Evaluation(Coefficients(value, weight, *flags), tokens, log_ratio, applied, advantages, position, totals)
+        found = Coefficients(value, weight, *flags)
+        return Evaluation(found, tokens, log_ratio, applied, advantages, position, raw_totals)
 
     @property
     def scans_time(self) -> bool:

@@ -216,19 +216,22 @@ class Totals(NamedTuple):
 SCANNED_LEVELS = ("token", "cumulative", "cumulative_mean", "sequence", "sequence_mean", "min_prefix")
 
 
-def shard_totals(xp: Namespace, tokens: Array, mask: Array | None, shards: TimeShards) -> Totals:
-    """Totals from token log-ratios that are 0 where masked: one exchange of three numbers per sequence."""
-    count = xp.ones_like(tokens) if mask is None else xp.astype(mask, tokens.dtype)
-    total = xp.sum(tokens, axis=-1)
-    least = xp.full_like(total, math.inf)  # the minimum over nothing, as in a shard of no time steps
-    if tokens.shape[-1]:
-        least = xp.min(only_where(xp, mask, tokens, math.inf), axis=-1)
-    own = xp.stack([total, xp.sum(count, axis=-1), least], axis=-1)
-    total, counted, least = xp.unstack(shards.gather(own)[..., None, :], axis=-1)
+def shard_totals(xp: Namespace, mask: Array | None, shards: TimeShards, *tokens: Array) -> list[Totals]:
+    """Totals of each of `tokens`, token log-ratios that are 0 where masked: one exchange of a few numbers per row."""
+    counted = xp.ones_like(tokens[0]) if mask is None else xp.astype(mask, tokens[0].dtype)
+    own = [xp.sum(counted, axis=-1)]
+    for x in tokens:
+        # The minimum over nothing in a shard of no time steps.
+        least = xp.min(only_where(xp, mask, x, math.inf), axis=-1) if x.shape[-1] else xp.full_like(own[0], math.inf)
+        own += [xp.sum(x, axis=-1), least]
+    count, *others = xp.unstack(shards.gather(xp.stack(own, axis=-1))[..., None, :], axis=-1)
     earlier = (slice(0, shards.rank), ...)  # an exclusive scan; before the first shard stands what is neutral
-    minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0, ...], math.inf)
-    sums = (xp.sum(total[earlier], axis=0), xp.sum(counted[earlier], axis=0))
-    return Totals(*sums, minimum, xp.sum(total, axis=0), xp.sum(counted, axis=0))
+    found = []
+    for total, least in zip(others[::2], others[1::2], strict=True):
+        minimum = xp.min(least[earlier], axis=0) if shards.rank else xp.full_like(least[0, ...], math.inf)
+        before = (xp.sum(total[earlier], axis=0), xp.sum(count[earlier], axis=0), minimum)
+        found.append(Totals(*before, xp.sum(total, axis=0), xp.sum(count, axis=0)))
+    return found
 
 
 def at_level(

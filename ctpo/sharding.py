@@ -11,6 +11,10 @@ What crosses the processes is detached: coefficients are constants in the gradie
 rank calls the same functions with the same options; an error that only one rank meets (NaN among its tokens) leaves
 the others waiting for it, as in any collective, until that process has gone or the group's timeout is over.
 
+The loss of a rank is its share: the shares add up to the loss of the whole sequences, and so do their gradients with
+respect to the parameters. Where a trainer averages gradients over these processes instead of adding them (DDP, FSDP),
+`policy_loss` needs all the processes that are averaged over as its ``data_parallel_size``, those of the group included.
+
 **Packed batches**. `Packing` brings the tokens of several sequences, one after another along one axis, to rows and
 back.
 """
@@ -145,7 +149,8 @@ def evaluate(
 
     fields = {name: piece(x) for name, x in whole._asdict().items() if isinstance(x, torch.Tensor)}
     coefficients = Coefficients(*map(piece, whole.coefficients))
-    return whole._replace(coefficients=coefficients, totals=shard_totals(xp, tokens, mask, shards), **fields)
+    (totals,) = shard_totals(xp, mask, shards, tokens)
+    return whole._replace(coefficients=coefficients, totals=totals, **fields)
 
 
 def _lengths(x: torch.Tensor, shards: TimeShards) -> list[int]:
