@@ -188,10 +188,10 @@ def policy_loss(
         raise ValueError(f"validate must be True, False or None; got {validate!r}")
     if max_seqlen is not None and cu_seqlens is None:
         raise ValueError(f"max_seqlen must be None without cu_seqlens; got {max_seqlen!r}")
-    shards = None if process_group is None else ProcessGroupShards(process_group)
-    with torch.no_grad():
     if cu_seqlens is not None and process_group is not None:
         raise ValueError("cu_seqlens must be None with process_group, whose ranks need the same sequences; got both")
+    shards = None if process_group is None else ProcessGroupShards(process_group)
+    with torch.no_grad():
         # Everything but logp is a constant, and the gradient of logp is written down, not derived.
         values, packing = logp.detach(), None
         if cu_seqlens is not None:
