@@ -312,12 +312,12 @@ def _by_rows(
 ) -> tuple[Any, ...]:
     """The arguments with a row for every sequence of the packed batch."""
     return (
-        packing.unpack(logp),
-        packing.unpack(behavior_logp),
+        packing.unpack(logp, "logp"),
+        packing.unpack(behavior_logp, "behavior_logp"),
         packing.unpack_mask(mask),
-        packing.unpack_advantages(advantages),
-        None if weights is None else packing.unpack_advantages(weights),
-        None if turn_ids is None else packing.unpack(turn_ids),
+        packing.unpack_either(advantages, "advantages"),
+        None if weights is None else packing.unpack_either(weights, "weights"),
+        None if turn_ids is None else packing.unpack(turn_ids, "turn_ids"),
     )
 
 

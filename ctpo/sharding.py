@@ -245,36 +245,39 @@ class Packing:
         rows = torch.searchsorted(ends[1:].contiguous(), token, right=True)
         return cls(rows, token - ends[rows], (cu_seqlens.shape[0] - 1, max_seqlen), packed)
 
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """Values of tokens, of the packed shape, as rows, 0 (False) at the padding; the gradient goes through."""
-        check_shape(self.packed, "the packed batch", x=x)
+    def unpack(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
+        """Values of tokens, of the packed shape, as rows, 0 (False) at the padding; the gradient goes through.
+
+        `name` is that of the argument `x` in errors.
+        """
+        check_shape(self.packed, "logp", **{name: x})
         # Every place is written at most once, so the gradient is a plain look-up, the same in every run.
         return x.new_zeros(self.padded).index_put((self.rows, self.columns), x.reshape(-1))
-
-    def repack(self, x: torch.Tensor) -> torch.Tensor:
-        """Values of tokens, of the padded shape, back in the packed one."""
-        check_shape(self.padded, "the padded batch", x=x)
-        return x[self.rows, self.columns].reshape(self.packed)
 
     def unpack_mask(self, mask: torch.Tensor | None) -> torch.Tensor:
         """Mask of the padded batch from that of the packed one, which is None if every token is the policy's."""
         check_mask(torch, mask, self.packed, "logp")
         return self.unpack(torch.ones(self.packed, dtype=torch.bool, device=self.rows.device) if mask is None else mask)
 
-    def unpack_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
-        """Advantages of tokens as rows, those of sequences, shape (S,), as they are.
+    def unpack_either(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
+        """Values of tokens as rows, those of sequences, shape (S,), as they are: advantages, weights.
 
         In a packed batch of shape (N,) with as many sequences as tokens the shape does not tell, and the values are
         taken as those of tokens; it matters only if sequences without tokens are among them. The shape (1, N) has no
         such case.
         """
-        shape = tuple(advantages.shape)
+        shape = tuple(x.shape)
         if shape not in (self.packed, self.padded[:1]):
             raise ValueError(
-                f"advantages must have the shape of logp, {self.packed}, or one value per sequence of cu_seqlens, "
+                f"{name} must have the shape of logp, {self.packed}, or one value per sequence of cu_seqlens, "
                 f"{self.padded[:1]}; got {shape}"
             )
-        return self.unpack(advantages) if shape == self.packed else advantages
+        return self.unpack(x, name) if shape == self.packed else x
+
+    def repack(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of tokens, of the padded shape, back in the packed one."""
+        check_shape(self.padded, "the padded batch", x=x)
+        return x[self.rows, self.columns].reshape(self.packed)
 
 
 def _is_free(cu_seqlens: torch.Tensor) -> bool:
