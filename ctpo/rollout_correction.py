@@ -149,7 +149,7 @@ def rollout_correction(
         low: Lower bound of the ratio, positive; None for none.
         high: Upper bound of the ratio, positive; None for none: then a log-ratio above 88 (float32) overflows to inf
             in `weights`.
-        window: For the levels "window" and "lookahead" only, see `ctpo.log_ratio`.
+        window: For the levels that have one only, see `ctpo.log_ratio`.
         turn_ids: For the levels "turn" and "turn_mean" only, see `ctpo.log_ratio`.
 
     Returns:

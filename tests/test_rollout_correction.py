@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from strategies import batches
 
 from ctpo import log_ratio
-from ctpo.ratios import LEVELS
+from ctpo.ratios import LEVELS, SMALLEST_WINDOW
 from ctpo.rollout_correction import rollout_correction
 
 MODES = ("truncate", "mask", "reject")
@@ -27,7 +27,7 @@ bounds = st.fixed_dictionaries(
 
 def options(level: str, turn_ids, window: int = 3) -> dict:
     """Keyword arguments that `level` needs."""
-    if level in ("window", "lookahead"):
+    if level in SMALLEST_WINDOW:
         return {"window": window}
     return {"turn_ids": turn_ids} if level in ("turn", "turn_mean") else {}
 
@@ -243,8 +243,14 @@ def same(found, expected):
     assert_close(found, expected, rtol=1e-12)
 
 
-@given(batch=batches(), mode=st.sampled_from(MODES), before=st.integers(0, 3), after=st.integers(0, 3))
-def test_padding_and_masked_values_change_nothing(xp, batch, mode, before, after):
+@given(
+    batch=batches(),
+    level=st.sampled_from(LEVELS),
+    mode=st.sampled_from(MODES),
+    before=st.integers(0, 3),
+    after=st.integers(0, 3),
+)
+def test_padding_and_masked_values_change_nothing(xp, batch, level, mode, before, after):
     def padded(x, value):
         return np.pad(x, ((0, 1), (before, after)), constant_values=value)
 
@@ -256,71 +262,65 @@ def test_padding_and_masked_values_change_nothing(xp, batch, mode, before, after
         padded(batch.turn_ids, 99),
     )
     rows, inside = slice(0, len(batch.mask)), slice(before, before + batch.mask.shape[-1])
-    for level in LEVELS:
-        by_loops(batch, level=level, mode=mode, high=2.0, low=0.3)  # away from the bounds
-        chosen = {"level": level, "mode": mode, "low": 0.3}
-        weights, kept, metrics = computed(xp, larger, **chosen)
-        same((weights[rows, inside], kept[rows, inside], metrics), computed(xp, batch, **chosen))
-        assert np.count_nonzero(weights) == np.count_nonzero(weights[rows, inside])
-        assert kept.sum() == kept[rows, inside].sum()
+    by_loops(batch, level=level, mode=mode, high=2.0, low=0.3)  # away from the bounds
+    chosen = {"level": level, "mode": mode, "low": 0.3}
+    weights, kept, metrics = computed(xp, larger, **chosen)
+    same((weights[rows, inside], kept[rows, inside], metrics), computed(xp, batch, **chosen))
+    assert np.count_nonzero(weights) == np.count_nonzero(weights[rows, inside])
+    assert kept.sum() == kept[rows, inside].sum()
 
 
-@given(batch=batches(), mode=st.sampled_from(MODES), data=st.data())
-def test_order_of_sequences_changes_nothing(xp, batch, mode, data):
+@given(batch=batches(), level=st.sampled_from(LEVELS), mode=st.sampled_from(MODES), data=st.data())
+def test_order_of_sequences_changes_nothing(xp, batch, level, mode, data):
     order = data.draw(st.permutations(range(len(batch.mask))))
-    for level in LEVELS:
-        weights, kept, metrics = computed(xp, batch, level=level, mode=mode)
-        same(computed(xp, batch.take(order), level=level, mode=mode), (weights[order], kept[order], metrics))
+    weights, kept, metrics = computed(xp, batch, level=level, mode=mode)
+    same(computed(xp, batch.take(order), level=level, mode=mode), (weights[order], kept[order], metrics))
 
 
-@given(batch=batches(), mode=st.sampled_from(MODES))
-def test_deleting_masked_gaps_changes_nothing(xp, batch, mode):
-    for level in LEVELS:
-        by_loops(batch, level=level, mode=mode, high=2.0)
-        for row, mask in enumerate(batch.mask):
-            if mask.any():
-                weights, kept, metrics = computed(xp, batch.take(slice(row, row + 1)), level=level, mode=mode)
-                alone = computed(xp, batch.take(slice(row, row + 1), mask), level=level, mode=mode)
-                same((weights[:, mask], kept[:, mask], metrics), alone)
+@given(batch=batches(), level=st.sampled_from(LEVELS), mode=st.sampled_from(MODES))
+def test_deleting_masked_gaps_changes_nothing(xp, batch, level, mode):
+    by_loops(batch, level=level, mode=mode, high=2.0)
+    for row, mask in enumerate(batch.mask):
+        if mask.any():
+            weights, kept, metrics = computed(xp, batch.take(slice(row, row + 1)), level=level, mode=mode)
+            alone = computed(xp, batch.take(slice(row, row + 1), mask), level=level, mode=mode)
+            same((weights[:, mask], kept[:, mask], metrics), alone)
 
 
-@given(batch=batches(garbage=False))
-def test_no_mask_means_every_token(xp, batch):
+@given(batch=batches(garbage=False), level=st.sampled_from(LEVELS))
+def test_no_mask_means_every_token(xp, batch, level):
     logp, behavior_logp, full = xp(batch.logp), xp(batch.behavior_logp), xp(np.ones_like(batch.mask))
-    for level in LEVELS:
-        chosen = {"level": level, "mode": "truncate", "low": 0.3, **options(level, xp(batch.turn_ids))}
-        one, other = (rollout_correction(logp, behavior_logp, mask, **chosen) for mask in (None, full))
-        np.testing.assert_allclose(xp.numpy(one.weights), xp.numpy(other.weights), rtol=1e-12)
-        assert xp.numpy(one.kept).all()
-        for name, value in one.metrics.items():
-            assert float(value) == pytest.approx(float(other.metrics[name]), rel=1e-9, abs=1e-9), name
+    chosen = {"level": level, "mode": "truncate", "low": 0.3, **options(level, xp(batch.turn_ids))}
+    one, other = (rollout_correction(logp, behavior_logp, mask, **chosen) for mask in (None, full))
+    np.testing.assert_allclose(xp.numpy(one.weights), xp.numpy(other.weights), rtol=1e-12)
+    assert xp.numpy(one.kept).all()
+    for name, value in one.metrics.items():
+        assert float(value) == pytest.approx(float(other.metrics[name]), rel=1e-9, abs=1e-9), name
 
 
-@given(batch=batches())
-def test_leading_dimensions_are_free(xp, batch):
+@given(batch=batches(), level=st.sampled_from(LEVELS))
+def test_leading_dimensions_are_free(xp, batch, level):
     rows, length = batch.mask.shape
     deep = type(batch)(*(getattr(batch, f).reshape(1, rows, 1, length) for f in batch.__dict__))
-    for level in LEVELS:
-        weights, kept, metrics = computed(xp, deep, level=level, mode="mask")
-        same(
-            (weights.reshape(rows, length), kept.reshape(rows, length), metrics),
-            computed(xp, batch, level=level, mode="mask"),
-        )
+    weights, kept, metrics = computed(xp, deep, level=level, mode="mask")
+    same(
+        (weights.reshape(rows, length), kept.reshape(rows, length), metrics),
+        computed(xp, batch, level=level, mode="mask"),
+    )
 
 
-@given(batch=batches(zero_ratios=False), mode=st.sampled_from(MODES))
-def test_an_engine_that_agrees_needs_no_correction(xp, batch, mode):
+@given(batch=batches(zero_ratios=False), level=st.sampled_from(LEVELS), mode=st.sampled_from(MODES))
+def test_an_engine_that_agrees_needs_no_correction(xp, batch, level, mode):
     batch.logp = batch.behavior_logp
-    for level in LEVELS:
-        weights, kept, metrics = computed(xp, batch, level=level, mode=mode, low=0.99, high=1.01)
-        assert weights.tolist() == kept.tolist() == batch.mask.tolist()
-        expected = dict.fromkeys(metrics, 0.0)
-        if batch.mask.any():
-            names = [
-                f"rollout/{name}{end}" for name in ("weight_mean", "weight_max", "ess_fraction") for end in ("", "_raw")
-            ]
-            expected |= dict.fromkeys(names, 1.0)
-        assert metrics == pytest.approx(expected)
+    weights, kept, metrics = computed(xp, batch, level=level, mode=mode, low=0.99, high=1.01)
+    assert weights.tolist() == kept.tolist() == batch.mask.tolist()
+    expected = dict.fromkeys(metrics, 0.0)
+    if batch.mask.any():
+        names = [
+            f"rollout/{name}{end}" for name in ("weight_mean", "weight_max", "ess_fraction") for end in ("", "_raw")
+        ]
+        expected |= dict.fromkeys(names, 1.0)
+    assert metrics == pytest.approx(expected)
 
 
 def test_off_the_cpu_nothing_is_read_and_everything_stays_there():
@@ -392,7 +392,7 @@ def world_weights(**arguments):
     + [(level, False, False) for level in ("cumulative_mean", "sequence_mean", "window")],
 )
 def test_which_level_is_unbiased_for_what(level, prefix, outcome):
-    chosen = {"window": 1} if level in ("window", "lookahead") else {}
+    chosen = {"window": 1} if level in SMALLEST_WINDOW else {}
     weights = world_weights(level=level, high=None, **chosen)
     for integrand, unbiased in ((PREFIX, prefix), (OUTCOME, outcome)):
         gap = np.abs(expectation(SAMPLER, integrand, weights) - expectation(OLD, integrand)).max()
