@@ -138,6 +138,11 @@ def only_where(xp: Namespace, mask: Array | None, x: Array, fill: float = 0.0) -
     return x if mask is None else xp.where(mask, x, fill)
 
 
+def either(xp: Namespace, condition: Array, yes: float, no: float, like: Array) -> Array:
+    """One number or the other, in the dtype and on the device of `like`; two plain numbers would have neither."""
+    return xp.where(condition, xp.asarray(yes, dtype=like.dtype, device=array_api_compat.device(like)), no)
+
+
 def delay(xp: Namespace, x: Array, steps: int, fill: float) -> Array:
     """`x` moved `steps` places towards the end of the last axis, `fill` in the places left free."""
     length = x.shape[-1]

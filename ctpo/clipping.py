@@ -1,6 +1,6 @@
 r"""Clip windows: the interval that an importance ratio must lie in for a token to keep its gradient.
 
-All classes answer ``bounds(position)`` with logarithms of the window at every position t (the number of
+All of them answer ``bounds(position)`` with logarithms of the window at every position t (the number of
 policy tokens so far, counted from 1):
 
 ==============  ===============================  ================================  ================================
@@ -13,6 +13,8 @@ CalibratedClip  -drift t - z(low) sigma t**power -drift t + z(high) sigma t**pow
 
 z(p) is the point beyond which a standard normal variable lies with probability p. The dual bound caps the ratio
 of tokens with a negative advantage; None means no cap.
+
+Some forms of an estimator have no window but a smooth gate: `SigmoidGate`, `GammaWeight` and `ProbabilityShift`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ import numpy as np
 
 from ctpo._arrays import Array, check_numeric, default_float, namespace, real_number
 
-__all__ = ["CalibratedClip", "Clip", "PositionClip", "RatioClip"]
+__all__ = [
+    "CalibratedClip",
+    "Clip",
+    "GammaWeight",
+    "Gate",
+    "PositionClip",
+    "ProbabilityShift",
+    "RatioClip",
+    "SigmoidGate",
+]
 
 Bounds = tuple[Array, Array, Array | None]
 
@@ -267,6 +278,107 @@ class CalibratedClip:
 Clip = RatioClip | PositionClip | CalibratedClip
 
 
+@dataclass(frozen=True)
+class SigmoidGate:
+    r"""A weight that fades smoothly on both sides of a ratio of 1, for the form "sapo".
+
+    .. math:: f(w) = \frac{4}{\tau}\,\sigma(\tau (w - 1)), \qquad w f'(w) = 4 w\,\sigma(1 - \sigma)
+
+    f is the surrogate's factor of the advantage, w f'(w) the coefficient: 1 at w = 1.
+
+    Args:
+        positive: tau of tokens with A > 0, positive; larger fades faster.
+        negative: tau of all other tokens.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    References:
+        arXiv:2511.20347.
+
+    Example:
+        >>> SigmoidGate()
+        SigmoidGate(positive=1.0, negative=1.05)
+    """
+
+    positive: float = 1.0
+    negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "positive", "negative")
+
+
+@dataclass(frozen=True)
+class GammaWeight:
+    r"""A detached weight with the shape of a gamma density, for the form "vespo".
+
+    .. math:: \phi(w) = w^k e^{\lambda (1 - w)}
+
+    It is 1 at w = 1, has its maximum at k / lambda and falls off on both sides.
+
+    Args:
+        positive_power: k of tokens with A >= 0, positive.
+        positive_rate: lambda of those tokens, positive.
+        negative_power: k of tokens with A < 0, positive.
+        negative_rate: lambda of those tokens, positive.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    References:
+        arXiv:2602.10693.
+
+    Example:
+        >>> GammaWeight()
+        GammaWeight(positive_power=2.0, positive_rate=3.0, negative_power=3.0, negative_rate=2.0)
+    """
+
+    positive_power: float = 2.0
+    positive_rate: float = 3.0
+    negative_power: float = 3.0
+    negative_rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "positive_power", "positive_rate", "negative_power", "negative_rate")
+
+
+@dataclass(frozen=True)
+class ProbabilityShift:
+    r"""Bounds for the change of a token's probability instead of its ratio, for the form "cfpo".
+
+    With q = b(a_t|s_t), the ratio's bounds are
+
+    .. math:: 1 - \text{low} / q \quad\text{and}\quad 1 + \text{high} / q,
+
+    where the probability itself has moved by `low` or `high`. Both may be above 1: the parabola of the form "cfpo"
+    then never turns around.
+
+    Args:
+        low: Bound of the fall of the probability for tokens with A < 0, positive.
+        high: Bound of its rise for tokens with A > 0, positive.
+
+    Raises:
+        ValueError: A field is not a number of its range.
+
+    References:
+        arXiv:2606.09821.
+
+    Example:
+        >>> ProbabilityShift()
+        ProbabilityShift(low=12.5, high=12.5)
+    """
+
+    low: float = 12.5
+    high: float = 12.5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "low", "high")
+
+
+#: Any of the gates, each made for one form of an estimator.
+Gate = SigmoidGate | GammaWeight | ProbabilityShift
+
+
 def _float_positions(position: Array) -> tuple[Array, Array]:
     """Positions in a floating dtype, and their namespace."""
     if not array_api_compat.is_array_api_obj(position):
@@ -276,3 +388,14 @@ def _float_positions(position: Array) -> tuple[Array, Array]:
     if not xp.isdtype(position.dtype, "real floating"):
         position = xp.astype(position, default_float(xp, position))
     return position, xp
+
+
+def _check_positive(gate: Gate, *names: str) -> None:
+    """Raise unless the named fields are positive finite numbers; store them as floats."""
+    owner, allowed = type(gate).__name__, "a positive finite number"
+    for name in names:
+        value = getattr(gate, name)
+        number = real_number(owner, name, value, allowed)
+        if not 0 < number < math.inf:
+            raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
+        object.__setattr__(gate, name, number)

@@ -23,11 +23,21 @@ from ctpo._arrays import (
     check_finite,
     check_numeric,
     check_sequence_or_token,
+    either,
     one_of,
     only_where,
     real_number,
 )
-from ctpo.clipping import Clip
+from ctpo.clipping import (
+    CalibratedClip,
+    Clip,
+    GammaWeight,
+    Gate,
+    PositionClip,
+    ProbabilityShift,
+    RatioClip,
+    SigmoidGate,
+)
 from ctpo.ratios import (
     SCANNED_LEVELS,
     Level,
@@ -44,13 +54,31 @@ from ctpo.regions import Moves, Region
 
 __all__ = ["Coefficients", "Estimator", "Evaluation", "Form"]
 
-Form = Literal["ppo", "cispo", "unclipped", "reinforce"]
+Form = Literal["ppo", "gppo", "cispo", "reject", "gmpo", "cfpo", "sapo", "vespo", "topr", "unclipped", "reinforce"]
 
 # Levels made of token log-ratios that are clamped before they are summed.
-_PREFIX_LEVELS = ("cumulative", "cumulative_mean", "window", "lookahead", "min_prefix")
+_PREFIX_LEVELS = ("cumulative", "cumulative_mean", "window", "forward", "lookahead", "min_prefix")
 
-# Forms whose surrogate holds the ratio constant: no limit of its value can take the gradient of log pi away.
-_DETACHED_FORMS = ("cispo",)
+# Forms whose surrogate is weight x A log pi, the weight held constant: no limit of a ratio can take the gradient of
+# log pi away.
+_DETACHED_FORMS = ("cispo", "vespo", "topr", "reinforce")
+
+_WINDOWS: tuple[type, ...] = (RatioClip, PositionClip, CalibratedClip)
+# What `clip` may be; None for the forms that are not here.
+_CLIPS: dict[str, tuple[type, ...]] = {
+    "ppo": _WINDOWS,
+    "gppo": _WINDOWS,
+    "cispo": _WINDOWS,
+    "reject": _WINDOWS,
+    "gmpo": _WINDOWS,
+    "cfpo": (RatioClip, PositionClip, ProbabilityShift),
+    "sapo": (SigmoidGate,),
+    "vespo": (GammaWeight,),
+}
+_LEVELS: dict[str, tuple[str, ...]] = {
+    "gmpo": ("sequence_mean", "turn_mean", "cumulative_mean"),
+    "reinforce": ("token",),
+}
 
 
 class Coefficients(NamedTuple):
@@ -82,7 +110,8 @@ class Evaluation(NamedTuple):
         coefficients: The result.
         token_log_ratio: d_t, nats, 0 where masked.
         log_ratio: At the estimator's level, before `max_log_ratio`, window and form; 0 where masked.
-        applied_log_ratio: After them: the logarithm of the ratio in the surrogate's value. Anything where masked.
+        applied_log_ratio: After them: the logarithm of the ratio in the surrogate's value, or of w in the forms "cfpo"
+            and "sapo", whose value has more of it. Anything where masked.
         advantages: As used, one per token or (..., 1).
         position: t, in the working dtype; at least 1 everywhere.
         totals: Those of `token_log_ratio`, which has no limit, over all time shards; None without any.
@@ -107,7 +136,16 @@ class Estimator:
     * "ppo": c = w, value = w A, but c = 0 and value = hi A if A > 0 and w > hi; c = 0 and value = lo A if A <
       0 and w < lo; and, with a dual bound du, c = 0 and value = du A if A < 0 and w > du. At a bound, or with
       A = 0, a token is kept. Without dual bound the value is min(w A, clip(w, lo, hi) A).
+    * "gppo": as "ppo", but a bound that acts is the coefficient instead of 0.
     * "cispo": c = w moved into [lo, hi], value = c A log pi. No gate.
+    * "reject": c = w, value = w A, but both 0 outside of [lo, hi], whatever the sign of A.
+    * "gmpo": the window moves the ratios of single tokens, on the side of "ppo", before w is their geometric mean.
+      c = w, value = w A, but c = 0 for a token that has been moved.
+    * "cfpo": with the bound u = hi if A > 0, lo if A < 0: value = A (w - (w - 1)^2 / (2 (u - 1))) and
+      c = w (1 - (w - 1) / (u - 1)), which is 0 at the bound and beyond it draws the ratio back.
+    * "sapo": value = f(w) A, c = w f'(w) with the f of `SigmoidGate`.
+    * "vespo": c = phi(w) of `GammaWeight`, value = c A log pi.
+    * "topr": c = 1 if A >= 0, else min(w, 1), value = c A log pi.
     * "unclipped": c = w, value = w A.
     * "reinforce": c = 1, value = A log pi.
 
@@ -115,19 +153,22 @@ class Estimator:
 
     Args:
         level: Ratio level, see `ctpo.ratios`.
-        clip: Window; needed by "ppo" and "cispo" (there without dual bound), None for the other forms.
-        form: One of the above.
-        window: Number of tokens of the levels "window" and "lookahead", None at every other level.
+        clip: Window of the forms "ppo", "gppo", "cispo", "reject" and "gmpo"; for "cfpo" a `RatioClip`, a
+            `PositionClip` without drift or a `ProbabilityShift` (at the level "token"); `SigmoidGate` for "sapo";
+            `GammaWeight` for "vespo"; None for the other forms. Only "ppo" and "gppo" take a dual bound.
+        form: One of the above; "gmpo" needs the level "sequence_mean", "turn_mean" or "cumulative_mean".
+        window: Number of tokens of the levels "window", "forward" and "lookahead", None at every other level.
         max_log_ratio: Numerical limit at every level but "token": a log-ratio above it is cut to it and the
             token gets weight 0. None for no limit.
         max_token_log_ratio: Numerical limit of one token's log-ratio, which is clamped to +- this value
-            before it enters a sum, at the levels "cumulative", "cumulative_mean", "window", "lookahead" and
-            "min_prefix"; no token loses its weight by that. At the level "token" a token outside gets weight
-            0. The levels of whole sequences and turns sum unclamped log-ratios. None for no limit.
+            before it enters a sum, at the levels "cumulative", "cumulative_mean", "window", "forward",
+            "lookahead" and "min_prefix"; no token loses its weight by that. At the level "token" a token
+            outside gets weight 0. The levels of whole sequences and turns sum unclamped log-ratios. None for no
+            limit.
         region: Trust region that takes further tokens away, see `ctpo.regions`; None for none.
 
-    In the form "cispo" the limits cut log-ratios but take no weight away: its ratio is a constant, which no gradient
-    goes through.
+    In the forms "cispo", "vespo" and "topr" the limits cut log-ratios but take no weight away: their ratio is a
+    constant, which no gradient goes through. Only a token of probability 0 under the target policy has weight 0.
 
     The numerical limits are those of the released code of arXiv:2605.07331; `Coefficients.saturated` marks
     where they act, a clamped token at its own position. They have no part in the form "reinforce".
@@ -142,7 +183,7 @@ class Estimator:
     """
 
     level: Level
-    clip: Clip | None = None
+    clip: Clip | Gate | None = None
     form: Form = "ppo"
     window: int | None = None
     max_log_ratio: float | None = 10.0
@@ -152,17 +193,11 @@ class Estimator:
     def __post_init__(self) -> None:
         check_level(self.level, self.window)
         one_of("form", self.form, get_args(Form))
-        if not (self.clip is None or isinstance(self.clip, Clip)):
-            raise ValueError(f"clip must be a RatioClip, a PositionClip, a CalibratedClip or None; got {self.clip!r}")
-        if (self.clip is None) == (self.form in ("ppo", "cispo")):
-            need = "a RatioClip, PositionClip or CalibratedClip" if self.clip is None else "None"
-            raise ValueError(f"clip must be {need} for the form {self.form!r}; got {self.clip!r}")
-        if self.form == "cispo" and self.clip is not None and self.clip.dual is not None:
-            raise ValueError(f"clip must have dual=None for the form 'cispo'; got {self.clip!r}")
+        self._check_clip()
         if not (self.region is None or isinstance(self.region, Region)):
             raise ValueError(f"region must be one of the classes of ctpo.regions, or None; got {self.region!r}")
-        if self.form == "reinforce" and self.level != "token":
-            raise ValueError(f"level must be 'token' for the form 'reinforce'; got {self.level!r}")
+        if self.form in _LEVELS:
+            one_of(f"level (for the form {self.form!r})", self.level, _LEVELS[self.form])
         if self.window is not None:
             object.__setattr__(self, "window", int(self.window))
         for name in ("max_log_ratio", "max_token_log_ratio"):
@@ -172,6 +207,19 @@ class Estimator:
                 if not 0 < number < math.inf:
                     raise ValueError(f"Estimator: {name} must be {allowed}; got {value!r}")
                 object.__setattr__(self, name, number)
+
+    def _check_clip(self) -> None:
+        """Raise unless `clip` is what the form needs."""
+        clip, allowed = self.clip, _CLIPS.get(self.form, (type(None),))
+        if not isinstance(clip, allowed):
+            need = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise ValueError(f"clip must be {need} for the form {self.form!r}; got {clip!r}")
+        if self.form not in ("ppo", "gppo") and getattr(clip, "dual", None) is not None:
+            raise ValueError(f"clip must have dual=None for the form {self.form!r}; got {clip!r}")
+        if self.form == "cfpo" and getattr(clip, "drift", 0.0) != 0:
+            raise ValueError(f"clip must have drift=0 for the form 'cfpo', whose bounds enclose 1; got {clip!r}")
+        if isinstance(clip, ProbabilityShift) and self.level != "token":
+            raise ValueError(f"clip must be a RatioClip or PositionClip at level {self.level!r}; got {clip!r}")
 
     def coefficients(
         self,
@@ -251,40 +299,48 @@ class Estimator:
             totals, raw_totals = shard_totals(xp, mask, shards, limited, tokens)
         position = bounded_positions(xp, tokens, mask, totals)
         log_ratio = at_level(xp, limited, mask, self.level, window=self.window, turn_ids=turn_ids, totals=totals)
-        low = high = dual = false
+        low = high = dual = rejected = false
         applied = log_ratio
+        if self.form == "gmpo":
+            low, high, _, moved = self._move_into_window(xp, limited, advantages, position)
+            gated = gated | low | high
+            applied = at_level(xp, only_where(xp, mask, moved), mask, self.level, turn_ids=turn_ids)
         if self.max_log_ratio is not None and self.level != "token":
-            beyond = log_ratio > self.max_log_ratio
-            applied = xp.clip(log_ratio, max=self.max_log_ratio)
+            beyond = applied > self.max_log_ratio
+            applied = xp.clip(applied, max=self.max_log_ratio)
             gated, saturated = gated | beyond, saturated | beyond
         if self.form == "reinforce":
             applied, gated, saturated = xp.zeros_like(tokens), false, false
         elif self.form in _DETACHED_FORMS:
-            gated = false
-        if self.clip is not None:
-            log_low, log_high, log_dual = self.clip.bounds(position)
-            low, high = applied < log_low, applied > log_high
-            if self.form == "ppo":
-                low, high = low & (advantages < 0), high & (advantages > 0)
-                if log_dual is not None:
-                    dual = (applied > log_dual) & (advantages < 0)
+            gated = logp == -math.inf  # a cut ratio is no longer 0 there, and log pi has no gradient
+        if self.form in ("ppo", "gppo", "cispo", "reject"):
+            low, high, dual, moved = self._move_into_window(xp, applied, advantages, position)
+            if self.form in ("ppo", "reject"):
                 gated = gated | low | high | dual
-            applied = xp.where(low, log_low, xp.where(high, log_high, applied))
-            if log_dual is not None:
-                applied = xp.where(dual, log_dual, applied)
-        ratio = xp.exp(applied)
-        rejected = false
-        if self.region is not None:
+            if self.form != "reject":
+                applied = moved
+        if self.form in ("cfpo", "sapo"):
+            weight, factor, low, high = self._smooth(xp, applied, advantages, behavior_logp, position)
+        else:
+            if self.form == "vespo":
+                applied = self._log_gamma_weight(xp, applied, advantages)
+            elif self.form == "topr":
+                high = (applied > 0) & (advantages < 0)
+                applied = xp.where(high | (advantages >= 0), 0.0, applied)
+            weight = factor = xp.exp(applied)
+        if self.form == "reject":
+            factor = xp.where(low | high, 0.0, factor)
+        if self.region is not None and 0 not in tokens.shape:
             rejected = self.region.rejects(xp, Moves(logp, behavior_logp, tokens, advantages, mask, position))
-            ratio = xp.where(rejected, 0.0, ratio)
-        weight = xp.where(gated if mask is None else gated | ~mask, 0.0, ratio)
+            gated, factor = gated | rejected, xp.where(rejected, 0.0, factor)
+        weight = xp.where(gated if mask is None else gated | ~mask, 0.0, weight)
         # 0 times anything is 0 here, also times a ratio that has overflowed and times log 0.
-        if self.form in ("cispo", "reinforce"):
+        if self.form in _DETACHED_FORMS:
             scale = weight * advantages
             value = scale * xp.where(scale == 0, 0.0, logp)
         else:
             counted = advantages != 0
-            value = xp.where(counted if mask is None else counted & mask, ratio, 0.0) * advantages
+            value = xp.where(counted if mask is None else counted & mask, factor, 0.0) * advantages
         # Combining with False makes separate arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated, rejected))
         found = Coefficients(value, weight, *flags)
@@ -293,7 +349,8 @@ class Estimator:
     @property
     def scans_time(self) -> bool:
         """Whether totals per sequence are all that a shard of the time axis needs to know of the others."""
-        return self.level in SCANNED_LEVELS and (self.region is None or self.region.scope == "token")
+        scanned = self.level in SCANNED_LEVELS and self.form != "gmpo"
+        return scanned and (self.region is None or self.region.scope == "token")
 
     def _limit_tokens(self, xp: Namespace, tokens: Array) -> tuple[Array, Array, Array]:
         """Token log-ratios within `max_token_log_ratio`, where it acted, and where it takes the weight away."""
@@ -302,6 +359,56 @@ class Estimator:
             return tokens, none, none
         acted = abs(tokens) > limit
         return xp.clip(tokens, min=-limit, max=limit), acted, acted if self.level == "token" else none
+
+    def _move_into_window(
+        self, xp: Namespace, log_ratio: Array, advantages: Array, position: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Where the lower, upper and dual bounds act, and the log-ratios that they leave."""
+        assert isinstance(self.clip, Clip)
+        log_low, log_high, log_dual = self.clip.bounds(position)
+        low, high = log_ratio < log_low, log_ratio > log_high
+        if self.form not in ("cispo", "reject"):
+            low, high = low & (advantages < 0), high & (advantages > 0)
+        moved = xp.where(low, log_low, xp.where(high, log_high, log_ratio))
+        if log_dual is None:
+            return low, high, xp.zeros_like(low), moved
+        dual = (log_ratio > log_dual) & (advantages < 0)
+        return low, high, dual, xp.where(dual, log_dual, moved)
+
+    def _smooth(
+        self, xp: Namespace, log_ratio: Array, advantages: Array, behavior_logp: Array, position: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Forms "cfpo" and "sapo": coefficient, the value's factor of A, and where a bound is passed."""
+        ratio, change = xp.exp(log_ratio), xp.expm1(log_ratio)
+        if isinstance(self.clip, SigmoidGate):
+            rate = either(xp, advantages > 0, self.clip.positive, self.clip.negative, change)
+            # 4 sigma (1 - sigma) = 1 - tanh^2 of half the argument; where it is 0 the ratio may have overflowed.
+            half = xp.tanh(0.5 * rate * change)
+            slope = (1.0 - half) * (1.0 + half)
+            never = xp.zeros_like(log_ratio, dtype=xp.bool)
+            return xp.where(slope == 0, 0.0, ratio) * slope, 2.0 / rate * (1.0 + half), never, never
+        # One over the bound's distance from 1, with its sign.
+        if isinstance(self.clip, ProbabilityShift):
+            q = xp.exp(behavior_logp)
+            above, below = q / self.clip.high, -q / self.clip.low
+        else:
+            assert isinstance(self.clip, Clip)
+            log_low, log_high, _ = self.clip.bounds(position)
+            above, below = 1.0 / xp.expm1(log_high), 1.0 / xp.expm1(log_low)
+        steepness = xp.where(advantages > 0, above, xp.where(advantages < 0, below, 0.0))
+        share = change * steepness  # of the way to the bound
+        passed = share > 1
+        factor = 1.0 + change * (1.0 - 0.5 * share)
+        return ratio * (1.0 - share), factor, passed & (advantages < 0), passed & (advantages > 0)
+
+    def _log_gamma_weight(self, xp: Namespace, log_ratio: Array, advantages: Array) -> Array:
+        """Logarithm of the weight of the form "vespo"."""
+        gate = self.clip
+        assert isinstance(gate, GammaWeight)
+        negative = advantages < 0
+        power = either(xp, negative, gate.negative_power, gate.positive_power, log_ratio)
+        rate = either(xp, negative, gate.negative_rate, gate.positive_rate, log_ratio)
+        return power * log_ratio - rate * xp.expm1(log_ratio)
 
 
 def _advantages_by_token(xp: Namespace, advantages: Array, tokens: Array, mask: Array | None) -> Array:

@@ -12,6 +12,7 @@ level              log-ratio at token t                             depends on t
 "sequence"         log rho_H                                        1..H
 "sequence_mean"    log rho_H / H                                    1..H
 "window"           d_{t-window+1} + ... + d_t                       the last `window` ones, t included
+"forward"          d_t + ... + d_min(t+window-1, H)                 t..min(t+window-1, H)
 "lookahead"        log rho_min(t+window, H)                         1..min(t+window, H)
 "min_prefix"       d_t + min_{k<t} d_k, the minimum over none is 0  1..t
 "turn"             sum of d_k over the turn that t belongs to       the turn
@@ -61,6 +62,7 @@ Level = Literal[
     "sequence",
     "sequence_mean",
     "window",
+    "forward",
     "lookahead",
     "min_prefix",
     "turn",
@@ -68,8 +70,8 @@ Level = Literal[
 ]
 LEVELS: tuple[str, ...] = get_args(Level)
 TURN_LEVELS = ("turn", "turn_mean")
-# The smallest window that means something: "window" counts the current token, "lookahead" only later ones.
-SMALLEST_WINDOW = {"window": 1, "lookahead": 0}
+# The smallest window that means something: "window" and "forward" count the current token, "lookahead" only later ones.
+SMALLEST_WINDOW = {"window": 1, "forward": 1, "lookahead": 0}
 
 
 def positions(mask: Array) -> Array:
@@ -118,8 +120,8 @@ def log_ratio(
         mask: bool, same shape, True at policy tokens; None for all. What stands at masked places never
             matters.
         level: Which product of token ratios.
-        window: Number of policy tokens, for the levels "window" (at least 1) and "lookahead" (at least 0)
-            only.
+        window: Number of policy tokens, for the levels "window" and "forward" (at least 1) and "lookahead" (at
+            least 0) only.
         turn_ids: Integers, same shape, for the levels "turn" and "turn_mean" only. Consecutive policy tokens
             of equal id form a turn; ids at masked places do not matter.
 
@@ -138,7 +140,7 @@ def log_ratio(
 
     References:
         "cumulative": arXiv:2605.07331, section 3.1. "cumulative_mean": arXiv:2608.01418. "sequence_mean":
-        arXiv:2507.18071. "min_prefix": arXiv:2601.22718.
+        arXiv:2507.18071. "min_prefix": arXiv:2601.22718. "forward": arXiv:2605.20865.
 
     Example:
         >>> import numpy as np
@@ -251,7 +253,7 @@ def at_level(
     if level == "token":
         return tokens
     assert totals is None or level in SCANNED_LEVELS
-    if level in ("window", "lookahead"):
+    if level in SMALLEST_WINDOW:
         assert window is not None
         return _over_neighbors(xp, tokens, mask, level, window)
     if level in TURN_LEVELS:
@@ -299,10 +301,15 @@ def policy_tokens(xp: Namespace, like: Array, mask: Array | None, totals: Totals
 
 
 def _over_neighbors(xp: Namespace, tokens: Array, mask: Array | None, level: str, window: int) -> Array:
-    """Levels "window" and "lookahead", which count in policy tokens: gaps are closed for them."""
+    """Levels that count in policy tokens: gaps are closed for them."""
     packed = tokens if mask is None else xp.take_along_axis(tokens, _policy_first(xp, mask), axis=-1)
     # Zeros follow the last policy token, so prefix sums stay at log rho_H from there on.
-    packed = windowed_sum(xp, packed, window) if level == "window" else xp.cumulative_sum(packed, axis=-1)
+    if level == "window":
+        packed = windowed_sum(xp, packed, window)
+    elif level == "forward":
+        packed = xp.flip(windowed_sum(xp, xp.flip(packed, axis=-1), window), axis=-1)
+    else:
+        packed = xp.cumulative_sum(packed, axis=-1)
     ahead = window if level == "lookahead" else 0
     length = tokens.shape[-1]
     if mask is None:

@@ -34,7 +34,7 @@ from simulations import (
 from simulations.claims import CLAIMS, Context, Outcome, verify
 from simulations.exact import AdvantageKind
 from simulations.mdp import World
-from simulations.measure import measure
+from simulations.measure import STUDIED, measure
 
 #: The longer studies of `run`.
 STUDIES: dict[str, sweep.Study] = {
@@ -255,7 +255,10 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
         help="step in logits from behavior to target policy (default 1; not for tree and transformer)",
     )
     parser.add_argument(
-        "--estimators", nargs="+", metavar="NAME", help=f"of {', '.join(ctpo.ESTIMATORS)} (default: all)"
+        "--estimators",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(ctpo.ESTIMATORS)} (default: {', '.join(STUDIED)})",
     )
     parser.add_argument(
         "--advantage",
@@ -294,7 +297,7 @@ def chosen_world(options: argparse.Namespace) -> World:
 
 def run_measurement(options: argparse.Namespace) -> int:
     """Measure estimators on one world and print a row for each."""
-    names = options.estimators or list(ctpo.ESTIMATORS)
+    names = options.estimators or STUDIED
     found = measure(
         chosen_world(options),
         {name: ctpo.get_estimator(name) for name in names},

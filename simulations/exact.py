@@ -964,6 +964,12 @@ class EstimatorMoments:
     ess: float
 
 
+def check_sees_one_trajectory(estimator: ctpo.Estimator) -> None:
+    """Raise for an estimator whose coefficients depend on the other trajectories of a batch: here there is none."""
+    if estimator.region is not None and estimator.region.scope == "batch":
+        raise ValueError(f"estimator: must look at one trajectory, not at a batch; got the region {estimator.region}")
+
+
 def estimator_moments(
     world: World,
     estimator: ctpo.Estimator | str,
@@ -976,8 +982,13 @@ def estimator_moments(
 
     The weights are computed on every trajectory by the very code that a trainer runs, from log-probabilities.
     `trajectories` saves enumerating a float64 world again.
+
+    Raises:
+        ValueError: The trajectories are those of another world, or the estimator looks at more than one trajectory.
     """
     world = world.as_float() if world.exact else world
+    estimator = ctpo.get_estimator(estimator)
+    check_sees_one_trajectory(estimator)
     if trajectories is not None and trajectories.world is not world:
         raise ValueError("trajectories: must be those of this very world, in float64")
     paths = trajectories if trajectories is not None else enumerate_trajectories(world)
@@ -987,9 +998,9 @@ def estimator_moments(
         advantages = advantages * world.mdp.outcome[paths.final_state][:, None]
     sampled = paths.behavior_probability > 0
     mask = paths.mask & sampled[:, None]
-    result = ctpo.get_estimator(estimator).coefficients(logp, behavior_logp, advantages, mask)
+    result = estimator.coefficients(logp, behavior_logp, advantages, mask)
     moments = paths.moments(paths.summed_scores(result.weight * advantages))
-    clipped = (result.clipped_low | result.clipped_high | result.clipped_dual).sum(axis=1)
+    clipped = (result.clipped_low | result.clipped_high | result.clipped_dual | result.rejected).sum(axis=1)
     written = paths.expectation(mask.astype(float))
     weights = WeightMoments(written, paths.expectation(result.weight), paths.expectation(result.weight**2))
     return EstimatorMoments(

@@ -25,7 +25,7 @@ from ctpo.ratios import Level
 from simulations import toy_lm
 from simulations.exact import AdvantageKind, objective, policy_gradient, ratio_moments
 from simulations.mdp import Parameters, TokenMDP, World, depths, random_policy, random_tree, softmax, step_policy
-from simulations.measure import Measurement, measure
+from simulations.measure import STUDIED, Measurement, measure
 from simulations.sweep import Study
 
 KINDS = ("tree", "bigram", "trigram", "sticky hot state", "end of sequence", "tool tokens", "transformer")
@@ -64,9 +64,9 @@ def unclipped(level: Level, window: int | None = None) -> ctpo.Estimator:
 
 
 def estimators() -> dict[str, ctpo.Estimator]:
-    """Every named estimator, and every level without clipping ("sequence" and "lookahead" have names already)."""
+    """The studied estimators, and every level without clipping ("sequence" and "lookahead" have names already)."""
     return {
-        **ctpo.ESTIMATORS,
+        **{name: ctpo.get_estimator(name) for name in STUDIED},
         "token": unclipped("token"),
         "cumulative": unclipped("cumulative"),
         "cumulative mean": unclipped("cumulative_mean"),

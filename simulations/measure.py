@@ -25,6 +25,7 @@ from simulations.exact import (
     MAX_TRAJECTORIES,
     AdvantageKind,
     WeightMoments,
+    check_sees_one_trajectory,
     enumerate_trajectories,
     estimator_moments,
     gradient_mean,
@@ -38,6 +39,20 @@ from simulations.exact import (
 from simulations.mdp import World
 from simulations.monte_carlo import CHUNK_TOKENS, LEAST_EFFECTIVE_SAMPLES, Advantages, Batch, reduced
 
+#: The named estimators that the studies measure.
+STUDIED = (
+    "reinforce",
+    "grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "sequence",
+    "ctpo",
+    "ctpo_fixed",
+    "ctpo_mean",
+    "minpro",
+    "lookahead",
+)
 #: Unclipped estimators with exact means, which those by Monte Carlo are compared with on the same trajectories.
 CONTROLS = {
     level: ctpo.Estimator(level, form="unclipped", max_log_ratio=None, max_token_log_ratio=None)
@@ -47,6 +62,8 @@ CONTROLS = {
 SEQUENCE = ctpo.get_estimator("sequence")
 #: Levels that dynamic programming takes, see `simulations.exact.gradient_moments`.
 PRODUCT_LEVELS = ("token", "cumulative", "window", "lookahead", "sequence")
+#: Forms whose weight is the ratio itself where no bound acts.
+PRODUCT_FORMS = ("ppo", "gppo", "cispo", "reject", "unclipped")
 #: Above this log E rho_H^2 dynamic programming would come close to the largest float64.
 MOST_LOG_SECOND_MOMENT = 500.0
 #: Chunks of the Monte Carlo, at least, so that leaving out one at a time gives error bars.
@@ -72,7 +89,7 @@ class Measurement:
         total_variance: Trace of the covariance of Y; NaN where too few trajectories carry it.
         total_variance_error: Its standard error.
         relative_variance: `total_variance` over that of the full-sequence estimator; NaN if either is.
-        clip_rate: Share of policy tokens clipped under the behavior policy.
+        clip_rate: Share of policy tokens clipped or rejected under the behavior policy.
         clip_rate_error: Its standard error; 0 also where no sample was clipped.
         ess: Effective sample size of the weights that it applies as a share of the tokens, see
             `simulations.exact.WeightMoments`; NaN where too few trajectories carry the squared weights.
@@ -161,8 +178,11 @@ def measure(
         limit: Largest number of trajectories to enumerate; 0 leaves everything to the other engines.
 
     Raises:
-        ValueError: The world's true gradient is 0, or the engines refuse an argument.
+        ValueError: The world's true gradient is 0, an estimator looks at more than one trajectory, or the engines
+            refuse an argument.
     """
+    for estimator in estimators.values():
+        check_sees_one_trajectory(estimator)
     world = world.as_float() if world.exact else world
     gradient = policy_gradient(world)
     if not np.any(gradient):
@@ -262,7 +282,7 @@ class _Task:
             return None
         if estimator.form == "reinforce":
             return "none", None
-        if estimator.level not in PRODUCT_LEVELS:
+        if estimator.level not in PRODUCT_LEVELS or estimator.form not in PRODUCT_FORMS or estimator.region is not None:
             return None
         if estimator.level == "token":
             low, high = self.token_range
@@ -358,7 +378,7 @@ class _Sums:
         differences: (C, D) of Y - C.
         squares, fourths: (C,) of |Y - g|^2, then |Y - C|^2, and of their squares.
         along: (C,) of ((Y - C) . g)^2.
-        clips: Tokens clipped and tokens written.
+        clips: Tokens clipped or rejected, and tokens written.
         weights: (3, H) tokens written, their weights and squared weights, at each place.
         tail: (2,) of the summed squared weights of a trajectory, and of their squares.
     """
@@ -401,7 +421,7 @@ class _Pass:
                 fourths.append(square @ square)
                 along.append(((difference @ self.gradient) ** 2).sum())
             heavy = np.einsum("ij,ij->i", found.weight, found.weight)
-            clipped = found.clipped_low | found.clipped_high | found.clipped_dual
+            clipped = found.clipped_low | found.clipped_high | found.clipped_dual | found.rejected
             result.append(
                 _Sums(
                     np.array(differences),

@@ -33,7 +33,7 @@ from ctpo.ratios import Level
 from simulations import toy_lm
 from simulations.exact import AdvantageKind, objective, policy_gradient
 from simulations.mdp import World, softmax
-from simulations.measure import measure
+from simulations.measure import STUDIED, measure
 from simulations.sweep import Study
 
 TOKENS = 3
@@ -84,10 +84,10 @@ PRODUCTS: Mapping[str, ctpo.Estimator] = {
     "lookahead 4": _unclipped("lookahead", 4),
     "sequence": _unclipped("sequence"),
 }
-#: The products, and every named estimator that is none of them.
+#: The products, and every studied estimator that is none of them.
 EVERY: Mapping[str, ctpo.Estimator] = {
     **PRODUCTS,
-    **{name: e for name, e in ctpo.ESTIMATORS.items() if name not in ("reinforce", "sequence", "lookahead")},
+    **{name: ctpo.get_estimator(name) for name in STUDIED if name not in ("reinforce", "sequence", "lookahead")},
 }
 
 

@@ -9,12 +9,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-import ctpo
 from simulations import grid, sweep
 from simulations.exact import enumerate_trajectories, objective, policy_gradient, ratio_moments
 from simulations.grid import ADVANTAGES, KINDS, SHORT, SPREADS, VARIANTS, grid_world
 from simulations.mdp import END, TOOL
-from simulations.measure import Measurement
+from simulations.measure import STUDIED, Measurement
 
 RANDOM_KINDS = [kind for kind in KINDS if kind != "transformer"]
 
@@ -126,7 +125,8 @@ def test_tasks_are_json_and_cover_the_grid():
 
 def test_every_level_is_there_without_clipping():
     found = grid.estimators()
-    assert set(ctpo.ESTIMATORS) <= set(found)
+    assert set(STUDIED) <= set(found)
+    assert len(found) == len(STUDIED) + 7
     free = {e.level for e in found.values() if e.form == "unclipped" and e.max_log_ratio is None}
     wanted = {
         "token",

@@ -23,7 +23,7 @@ from simulations.exact import (
     weight_moments,
 )
 from simulations.mdp import World, bigram, random_chain
-from simulations.measure import Measurement, measure
+from simulations.measure import STUDIED, Measurement, measure
 from simulations.monte_carlo import Sampler, z_threshold
 
 F = Fraction
@@ -35,7 +35,7 @@ def free(level: str, window: int | None = None) -> ctpo.Estimator:
 
 
 ALL = {
-    **ctpo.ESTIMATORS,
+    **{name: ctpo.ESTIMATORS[name] for name in STUDIED},
     **{f"free {level}": free(level, 2 if level == "window" else None) for level in ("token", "cumulative", "window")},
     **{f"free {level}": free(level) for level in ("cumulative_mean", "sequence_mean", "min_prefix")},
 }
@@ -186,6 +186,39 @@ def test_engine_of_every_estimator():
     products = {"reinforce", "sequence", "cispo", "lookahead", "free token", "free cumulative", "free window"}
     assert {name for name, engine in engines.items() if engine == "dynamic programming"} == products
     assert {engines[name] for name in set(ALL) - products} == {"Monte Carlo"}
+
+
+def test_the_studied_estimators_are_those_that_results_were_made_with():
+    assert (
+        *("reinforce", "grpo", "dapo", "gspo", "cispo", "sequence"),
+        *("ctpo", "ctpo_fixed", "ctpo_mean", "minpro", "lookahead"),
+    ) == STUDIED
+    assert set(STUDIED) < set(ctpo.ESTIMATORS)
+
+
+def test_every_estimator_can_be_measured_but_those_that_look_at_a_batch():
+    world = sampled_world()
+    alone = {name: e for name, e in ctpo.ESTIMATORS.items() if e.region is None or e.region.scope != "batch"}
+    assert set(ctpo.ESTIMATORS) - set(alone) == {"m2po"}
+    new = {name: e for name, e in alone.items() if name not in STUDIED}
+    for row in measure(world, new):
+        assert math.isfinite(row.relative_bias)
+        assert 0 <= row.clip_rate < 1
+    # Dynamic programming has weights that are plain ratios only.
+    engines = {r.estimator: r.engine for r in measure(world, new, samples=2000, limit=0)}
+    assert set(engines.values()) == {"Monte Carlo"}
+    refused = {"m2po": ctpo.ESTIMATORS["m2po"]}
+    for call in (lambda: measure(world, refused), lambda: estimator_moments(world, "m2po")):
+        with pytest.raises(ValueError, match=r"estimator: must look at one trajectory, not at a batch; got .*SecondMo"):
+            call()
+
+
+def test_a_rejected_token_counts_as_clipped():
+    """Token ratios 1/2 and 3/2 with probability 1/2 each, A = 1: a region within 0.2 rejects the latter."""
+    world = two_step((F(1, 2), F(3, 4)), {0: (F(1, 2), F(3, 4)), 1: (F(1, 2), F(3, 4))}, outcome=lambda s: s[0] - s[1])
+    assert estimator_moments(world, "dppo_tv", "one").clip_rate == pytest.approx(0.5)
+    (found,) = measure(world, {"dppo_tv": ctpo.ESTIMATORS["dppo_tv"]}, "one", samples=4000, limit=0)
+    assert found.clip_rate == pytest.approx(0.5, abs=6 * found.clip_rate_error)
 
 
 def test_dynamic_programming_gives_the_enumerated_rows():

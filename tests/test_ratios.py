@@ -20,7 +20,7 @@ from ctpo.ratios import LEVELS
 
 def options(level: str, batch, window: int = 3) -> dict:
     """Keyword arguments that `level` needs."""
-    if level in ("window", "lookahead"):
+    if level in ("window", "forward", "lookahead"):
         return {"window": window}
     return {"turn_ids": batch.turn_ids} if level in ("turn", "turn_mean") else {}
 
@@ -164,6 +164,7 @@ def test_levels_agree_where_they_meet(xp, batch, window):
     near = {"rtol": 1e-12, "atol": 1e-12}
     np.testing.assert_array_equal(at("window", 1), at("token"))
     np.testing.assert_allclose(at("window", length + 5), at("cumulative"), **near)
+    np.testing.assert_array_equal(at("forward", 1), at("token"))
     np.testing.assert_array_equal(at("lookahead", 0), at("cumulative"))
     np.testing.assert_allclose(at("lookahead", length + 5), at("sequence"), **near)
     place = np.maximum(xp.numpy(positions(xp(batch.mask))), 1)
@@ -208,7 +209,7 @@ def test_a_turn_is_a_run_of_policy_tokens_with_equal_ids():
 @pytest.mark.parametrize("level", LEVELS)
 def test_empty_arrays_give_empty_arrays(xp, shape, level):
     x = xp(np.zeros(shape))
-    chosen = {"window": 2} if level in ("window", "lookahead") else {}
+    chosen = {"window": 2} if level in ("window", "forward", "lookahead") else {}
     if level in ("turn", "turn_mean"):
         chosen = {"turn_ids": xp(np.zeros(shape, dtype=int))}
     assert log_ratio(x, x, level=level, **chosen).shape == shape
@@ -365,7 +366,7 @@ def test_off_the_cpu_nothing_is_read_and_everything_stays_there(level):
     def there(x):
         return array_api_strict.asarray(np.asarray(x), device=device)
 
-    chosen = {"window": 2} if level in ("window", "lookahead") else {}
+    chosen = {"window": 2} if level in ("window", "forward", "lookahead") else {}
     if level in ("turn", "turn_mean"):
         chosen = {"turn_ids": there([[0, 0, 1, 1]])}
     logp, behavior_logp = there([[-1.0, -2.0, -3.0, math.nan]]), there([[-1.5, -1.0, -1.0, -1.0]])

@@ -597,7 +597,7 @@ def check_limits(_context: Context, limits: Mapping[str, float | None]) -> Itera
         ]
         differ += int((found[0].weight != found[1].weight).sum())
     clip = RELEASED.estimator.clip
-    assert clip is not None
+    assert isinstance(clip, ctpo.PositionClip)
     first = float(clip.bounds(np.array([40_000.0]))[1][0])
     yield Evidence(
         "weights of the released estimator with and without the limit of 10, log rho from 9.9 to 19, t < 40,000",
