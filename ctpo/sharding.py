@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 
 from ctpo._arrays import (
-    check_mask,
     check_numeric,
     check_sequence_or_token,
     check_shape,
@@ -256,8 +255,8 @@ class Packing:
 
     def unpack_mask(self, mask: torch.Tensor | None) -> torch.Tensor:
         """Mask of the padded batch from that of the packed one, which is None if every token is the policy's."""
-        check_mask(torch, mask, self.packed, "logp")
-        return self.unpack(torch.ones(self.packed, dtype=torch.bool, device=self.rows.device) if mask is None else mask)
+        every = torch.ones(self.packed, dtype=torch.bool, device=self.rows.device)
+        return self.unpack(every if mask is None else mask, "mask")
 
     def unpack_either(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
         """Values of tokens as rows, those of sequences, shape (S,), as they are: advantages, weights.

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from sharded_ranks import CUTS, calls, cases, losses, run
+from sharded_ranks import AGGREGATIONS, CUTS, calls, cases, estimators, losses, run
 from strategies import batches
 
 from ctpo import ESTIMATORS, Coefficients, Estimator, PositionClip
 from ctpo.estimators import Evaluation
+from ctpo.losses import policy_loss
 from ctpo.ratios import SCANNED_LEVELS
-from ctpo.sharding import ProcessGroupShards
+from ctpo.sharding import Packing, ProcessGroupShards
 
 # Without processes: shards that take turns.
 
@@ -203,3 +204,186 @@ def test_process_groups_that_are_none():
         ValueError, match=r"process_group needs an initialized torch.distributed .*; got str without it"
     ):
         ProcessGroupShards("cp")  # type: ignore[arg-type]
+
+
+# Packed batches.
+
+
+@st.composite
+def packed_batches(draw):
+    """Sequences one after another, of which some may be without tokens, and where each begins and ends."""
+    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 5, 9]), min_size=1, max_size=5))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    tokens = sum(lengths)
+    behavior_logp = rng.uniform(-3, 0, tokens)
+    batch = {
+        "logp": behavior_logp + rng.normal(0, draw(st.sampled_from([0.02, 0.3, 12.0])), tokens),
+        "behavior_logp": behavior_logp,
+        "mask": rng.random(tokens) < draw(st.sampled_from([0.0, 0.6, 1.0])),
+        "turn_ids": np.cumsum(rng.random(tokens) < 0.3),
+        "advantages": rng.choice([-1.0, 0.0, 2.0], tokens),
+        "weights": rng.uniform(0, 2, tokens),
+    }
+    for name in ("logp", "behavior_logp", "advantages", "weights"):
+        batch[name] = np.where(batch["mask"], batch[name], rng.choice([np.nan, np.inf, -np.inf], tokens))
+    each = {"advantages": rng.choice([-1.0, 0.0, 2.0], len(lengths)), "weights": rng.uniform(0, 2, len(lengths))}
+    return lengths, batch, each
+
+
+def padded(x: np.ndarray, lengths: list[int], columns: int, fill: float) -> np.ndarray:
+    """Rows by plain slicing."""
+    rows, start = np.full((len(lengths), columns), fill).astype(x.dtype), 0
+    for row, length in enumerate(lengths):
+        rows[row, :length] = x[start : start + length]
+        start += length
+    return rows
+
+
+@given(
+    drawn=packed_batches(),
+    names=st.lists(st.sampled_from(list(estimators())), min_size=1, max_size=3, unique=True),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    options=st.fixed_dictionaries({name: st.booleans() for name in ("two_dims", "mask", "each", "weights", "int32")}),
+    extra=st.integers(0, 4),
+)
+def test_packed_is_padded(drawn, names, aggregation, options, extra):
+    """The same numbers to the last bit: the rows are the same, only how they are handed over differs."""
+    lengths, batch, each = drawn
+    columns = max(lengths) + extra
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32 if options["int32"] else torch.int64)
+    if not options["mask"]:  # every token is the policy's
+        batch = {**batch, "mask": np.ones_like(batch["mask"])} | {
+            name: np.nan_to_num(batch[name], nan=-1.0, posinf=-1.0, neginf=-1.0)
+            for name in ("logp", "behavior_logp", "advantages", "weights")
+        }
+    rows = {
+        name: padded(x, lengths, columns, False if name == "mask" else np.nan if x.dtype == float else 0)
+        for name, x in batch.items()
+    }
+    if options["each"]:
+        batch, rows = {**batch, **each}, {**rows, **each}
+    for name in names:
+        estimator = estimators()[name]
+
+        def loss_and_gradient(x, estimator=estimator, **packing):
+            x = {key: torch.asarray(value) for key, value in x.items()}
+            if packing and options["two_dims"]:
+                x = {key: value if options["each"] and key in each else value[None] for key, value in x.items()}
+            logp = x["logp"].requires_grad_()
+            loss, metrics = policy_loss(
+                logp,
+                x["behavior_logp"],
+                x["advantages"],
+                x["mask"] if options["mask"] or not packing else None,
+                estimator=estimator,
+                aggregation=aggregation,
+                weights=x["weights"] if options["weights"] else None,
+                turn_ids=x["turn_ids"] if estimator.level.startswith("turn") else None,
+                horizon=7.0 if aggregation == "seq-mean-token-sum-norm" else None,
+                **packing,
+            )
+            (gradient,) = torch.autograd.grad(loss, logp)
+            return loss.detach(), gradient, metrics
+
+        loss, gradient, metrics = loss_and_gradient(batch, cu_seqlens=offsets, max_seqlen=columns if extra else None)
+        expected, by_rows, expected_metrics = loss_and_gradient(rows)
+        assert torch.equal(loss, expected)
+        inside = np.arange(columns) < np.array(lengths)[:, None]
+        np.testing.assert_array_equal(gradient.reshape(-1).numpy(), by_rows.numpy()[inside], strict=True)
+        assert gradient.shape == ((1, sum(lengths)) if options["two_dims"] else (sum(lengths),))
+        assert metrics.keys() == expected_metrics.keys()
+        for metric, value in metrics.items():
+            np.testing.assert_array_equal(value.numpy(), expected_metrics[metric].numpy(), err_msg=metric)
+
+
+@given(drawn=packed_batches(), extra=st.integers(0, 3))
+def test_unpacking_and_back(drawn, extra):
+    lengths, batch, _ = drawn
+    offsets, tokens = torch.tensor([0, *np.cumsum(lengths)]), sum(lengths)
+    for shape in ((tokens,), (1, tokens)):
+        x = torch.asarray(batch["behavior_logp"]).reshape(shape)
+        packing = Packing.of(offsets, x, max_seqlen=max(lengths) + extra)
+        rows = packing.unpack(x)
+        expected = padded(x.numpy().reshape(-1), lengths, max(lengths) + extra, 0.0)
+        np.testing.assert_array_equal(rows.numpy(), expected, strict=True)
+        np.testing.assert_array_equal(packing.unpack_mask(None).sum(-1).numpy(), lengths)
+        np.testing.assert_array_equal(packing.repack(rows).numpy(), x.numpy(), strict=True)
+        x = torch.nan_to_num(x).requires_grad_()
+        weight = torch.rand(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad((packing.unpack(x) * weight).sum(), x)
+        assert torch.equal(gradient, packing.repack(weight))
+
+
+def test_values_of_tokens_where_the_shape_does_not_tell():
+    """As many sequences as tokens, one sequence without any."""
+    flat = Packing.of(torch.tensor([0, 2, 2]), torch.zeros(2))
+    assert flat.unpack_either(torch.tensor([1, 2])).tolist() == [[1, 2], [0, 0]]
+    rows = Packing.of(torch.tensor([0, 2, 2]), torch.zeros(1, 2))
+    assert rows.unpack_either(torch.tensor([1, 2])).tolist() == [1, 2]
+
+
+def test_no_sequences_and_no_tokens():
+    for offsets, shape in (([0], (0, 0)), ([0, 0, 0], (2, 0))):
+        packing = Packing.of(torch.tensor(offsets), torch.zeros(0))
+        assert packing.unpack(torch.zeros(0)).shape == shape
+        logp = torch.zeros(0, requires_grad=True)
+        loss, _ = policy_loss(
+            logp, torch.zeros(0), torch.zeros(shape[0], dtype=torch.float64), cu_seqlens=torch.tensor(offsets)
+        )
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss, logp)[0].shape == (0,)
+
+
+OFFSETS = torch.tensor([0, 2, 5])
+BAD_PACKING = {
+    "type": ({"cu_seqlens": [0, 2, 5]}, r"cu_seqlens must be an integer tensor; got list"),
+    "float": ({"cu_seqlens": OFFSETS.float()}, r"cu_seqlens must have an integer dtype; got torch.float32"),
+    "bool": ({"cu_seqlens": OFFSETS.bool()}, r"cu_seqlens must have an integer dtype; got torch.bool"),
+    "dimensions": ({"cu_seqlens": OFFSETS[None]}, r"cu_seqlens must have shape \(S\+1,\), .*; got shape \(1, 3\)"),
+    "empty": ({"cu_seqlens": OFFSETS[:0]}, r"cu_seqlens must have shape \(S\+1,\), .*; got shape \(0,\)"),
+    "start": ({"cu_seqlens": OFFSETS + 1}, r"cu_seqlens must start at 0; got 1"),
+    "end": ({"cu_seqlens": OFFSETS[:2]}, r"cu_seqlens must end at the number of tokens of logp, 5; got 2"),
+    "order": ({"cu_seqlens": torch.tensor([0, 4, 1, 5])}, r"cu_seqlens must never decrease; got a step of -3"),
+    "unsigned order": (
+        {"cu_seqlens": torch.tensor([0, 4, 1, 5], dtype=torch.uint8)},
+        r"cu_seqlens must never decrease; got a step of -3",
+    ),
+    "batch": (
+        {"logp": torch.zeros(5, 1)},
+        r"logp must have shape \(N,\) or \(1, N\) with cu_seqlens, .*; got \(5, 1\)",
+    ),
+    "max_seqlen": ({"max_seqlen": 2}, r"max_seqlen must be at least the length of the longest sequence, 3; got 2"),
+    "max_seqlen type": ({"max_seqlen": 3.0}, r"max_seqlen must be an integer or None; got 3.0"),
+    "max_seqlen bool": ({"max_seqlen": True}, r"max_seqlen must be an integer or None; got True"),
+    "behavior_logp": (
+        {"behavior_logp": torch.zeros(4)},
+        r"behavior_logp must have the shape of logp, \(5,\); got \(4,\)",
+    ),
+    "mask": ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"mask must have the shape of logp, \(5,\); got \(1, 5\)"),
+    "mask dtype": ({"mask": torch.ones(5)}, r"mask must have dtype bool, .*; got torch.float32"),
+    "advantages": (
+        {"advantages": torch.ones(3)},
+        r"advantages must have the shape of logp, \(5,\), or one value per sequence of cu_seqlens, \(2,\); got \(3,\)",
+    ),
+    "weights": ({"weights": torch.ones(3)}, r"weights must have the shape of logp, \(5,\), or .*; got \(3,\)"),
+    "without": ({"cu_seqlens": None, "max_seqlen": 3}, r"max_seqlen must be None without cu_seqlens; got 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PACKING)
+def test_bad_packing_is_named(case):
+    changed, message = BAD_PACKING[case]
+    arguments = {"logp": torch.zeros(5), "advantages": torch.ones(2), "cu_seqlens": OFFSETS, **changed}
+    arguments = {"behavior_logp": torch.zeros_like(arguments["logp"]), **arguments}
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**arguments)
+
+
+def test_offsets_are_not_read_unless_that_is_free_or_asked_for():
+    """With validate=False and max_seqlen given nothing but shapes is looked at, so wrong values go through."""
+    wrong = OFFSETS.clone()
+    wrong[0] = 1
+    assert Packing.of(wrong, torch.zeros(5), max_seqlen=3, validate=False).padded == (2, 3)
+    for options in ({"max_seqlen": 3}, {"max_seqlen": 3, "validate": True}, {"validate": False}):
+        with pytest.raises(ValueError, match="cu_seqlens must start at 0; got 1"):
+            Packing.of(wrong, torch.zeros(5), **options)
