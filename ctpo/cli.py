@@ -14,7 +14,7 @@ import textwrap
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 import ctpo
 from ctpo import ratios
 from ctpo._arrays import one_of
+from ctpo.clipping import Clip, Gate
 from ctpo.diagnostics import Diagnosis, diagnose, format_table
 from ctpo.estimators import Estimator
+from ctpo.regions import Region
 from ctpo.zoo import ESTIMATORS, RECIPES, Recipe
 
 __all__ = ["main"]
@@ -309,6 +311,17 @@ def _markdown() -> str:
     parts += _markdown_table(
         [{"form": f"`{name}`", "coefficient and value": _escaped(text)} for name, text in _form_table().items()]
     )
+    parts += ["", "## Windows, gates and regions", ""]
+    parts += _markdown_table(
+        [
+            {
+                "class": f"`{kind.__name__}`",
+                "what it is": _escaped(_one_line(_text(kind).partition("\n\n")[0])),
+                "fields": "<br>".join(f"`{name}`: {_escaped(text)}" for name, text in _documented(kind).items()),
+            }
+            for kind in (*get_args(Clip), *get_args(Gate), *get_args(Region))
+        ]
+    )
     parts += ["", "## Levels", "", "d_t is the log-ratio of token t, H the number of policy tokens.", ""]
     parts += _markdown_table(
         [
@@ -343,7 +356,7 @@ def _linked(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("<", "&lt;")
+    return text.replace("<", "&lt;").replace("*", "\\*")
 
 
 def _markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
