@@ -169,9 +169,10 @@ def _field_lines(thing: Any, width: int, indent: str = "  ") -> list[str]:
     meanings = _documented(type(thing))
     for own in fields(thing):
         value = getattr(thing, own.name)
-        meaning = meanings.get(own.name, "")
-        if own.name == "level":
-            meaning = "; depends on tokens ".join(_level_table()[value])
+        meaning = _summary(type(value)) if is_dataclass(value) else meanings.get(own.name, "")
+        if own.name == "level" and value in _level_table():
+            formula, tokens = _level_table()[value]
+            meaning = f"Log-ratio at token t: {formula}. Depends on tokens: {tokens}."
         lines += _filled(f"{own.name} = {_shown(value)}", width, indent)
         lines += _filled(meaning, width, indent + "    ")
         if is_dataclass(value):
@@ -254,6 +255,10 @@ def _documented(cls: type) -> dict[str, str]:
     return {name: _one_line(text) for name, text in items}
 
 
+def _summary(cls: type) -> str:
+    return _one_line(_text(cls).partition("\n\n")[0])
+
+
 def _text(thing: Any) -> str:
     return inspect.getdoc(thing) or ""  # none under python -OO
 
@@ -306,6 +311,8 @@ def _filled(text: str, width: int, first: str = "", later: str | None = None, *,
 
 def _markdown() -> str:
     """The reference page of the zoo below its introduction."""
+    if sys.flags.optimize > 1:
+        raise ValueError("--markdown is made of docstrings, which python -OO leaves out")
     parts = ["## The table", "", *_markdown_table([_linked(row) for row in _rows()])]
     parts += ["", "## Forms", "", "Coefficient c and value of a token with ratio w and advantage A.", ""]
     parts += _markdown_table(
@@ -316,7 +323,7 @@ def _markdown() -> str:
         [
             {
                 "class": f"`{kind.__name__}`",
-                "what it is": _escaped(_one_line(_text(kind).partition("\n\n")[0])),
+                "what it is": _escaped(_summary(kind)),
                 "fields": "<br>".join(f"`{name}`: {_escaped(text)}" for name, text in _documented(kind).items()),
             }
             for kind in (*get_args(Clip), *get_args(Gate), *get_args(Region))

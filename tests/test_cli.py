@@ -119,7 +119,9 @@ def test_entry_shows_every_field_with_its_meaning(run, name):
         shown = type(value).__name__ if is_dataclass(value) else repr(value)
         meaning = cli._documented(owner)[field]
         if field == "level":
-            meaning = "depends on tokens " + cli._level_table()[value][1]
+            meaning = f"Depends on tokens: {cli._level_table()[value][1]}."
+        elif is_dataclass(value):
+            meaning = type(value).__doc__.partition("\n\n")[0]
         assert f"{field} = {shown} " in words, field
         assert meaning, f"{owner.__name__} does not say what {field} is"
         assert meaning in words
@@ -229,6 +231,20 @@ def test_command_needs_neither_torch_nor_rich():
     code = f"import sys, ctpo.cli; ctpo.cli.main(['estimators']); print([n for n in {heavy!r} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_docstrings_the_values_are_left():
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-OO", "-m", "ctpo", *arguments], capture_output=True, text=True, timeout=60
+        )
+
+    assert "clip = PositionClip\n      low = 0.025\n" in run("estimators", "ctpo").stdout
+    assert run("estimators").stdout.startswith("name")
+    assert run("diagnose", "--help").returncode == 0
+    refused = run("estimators", "--markdown")
+    assert refused.returncode == 2
+    assert "docstrings" in refused.stderr
 
 
 def test_page_is_that_of_the_registry(run):
