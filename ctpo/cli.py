@@ -152,8 +152,9 @@ def _words(recipe: Recipe) -> dict[str, str]:
 def _entry(name: str, recipe: Recipe, width: int) -> str:
     """Everything about one estimator."""
     estimator = recipe.estimator
-    lines = [name, *_listed(_words(recipe), width), "", "Coefficient c of the gradient c A grad log pi, and value:"]
-    lines += _listed(_formulas(estimator.form), width)
+    lines = [name, *_listed(_words(recipe), width)]
+    if formulas := _formulas(estimator.form):
+        lines += ["", "Coefficient c of the gradient c A grad log pi, and value:", *_listed(formulas, width)]
     lines += ["", "Fields:", *_field_lines(estimator, width), "", "Expectation of the sum over tokens:"]
     lines += _filled(_expectation(estimator), width, "  ")
     lines += ["", "In Python:"]
@@ -260,7 +261,8 @@ def _summary(cls: type) -> str:
 
 
 def _text(thing: Any) -> str:
-    return inspect.getdoc(thing) or ""  # none under python -OO
+    # Under python -OO the only docstrings are those that dataclasses make of their fields.
+    return "" if sys.flags.optimize > 1 else inspect.getdoc(thing) or ""
 
 
 def _one_line(text: str) -> str:
