@@ -7,6 +7,7 @@ take the same path. No function mutates its input.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -19,15 +20,38 @@ Namespace = Any
 DType = Any
 
 
+def _torch() -> Any:
+    """The module torch if something has imported it, else None."""
+    return sys.modules.get("torch")
+
+
+def _torch_is_tracing() -> bool:
+    """Whether torch.compile records what is done, so that looking at a value would break its graph."""
+    torch = _torch()
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` is an array of NumPy, torch, JAX or another array API library."""
+    torch = _torch()
+    # Tensors first: torch.compile warns of the caches on the general way.
+    return (torch is not None and isinstance(x, torch.Tensor)) or array_api_compat.is_array_api_obj(x)
+
+
 def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **required: Array) -> Namespace:
     """Array API namespace common to the named arrays, of which mask and turn_ids may be None."""
     optional = {"mask": mask, "turn_ids": turn_ids}
     given = required | {name: x for name, x in optional.items() if x is not None}
     for name, x in given.items():
-        if not array_api_compat.is_array_api_obj(x):
+        if not is_array(x):
             raise ValueError(
                 f"{name} must be an array of NumPy, torch, JAX or another array API library; got {type(x).__name__}"
             )
+    torch = _torch()
+    if torch is not None and all(isinstance(x, torch.Tensor) for x in given.values()):
+        import array_api_compat.torch as torch_namespace
+
+        return torch_namespace
     try:
         return array_api_compat.array_namespace(*given.values())
     except TypeError:
@@ -109,7 +133,7 @@ def check_finite(
 
 def has_readable_values(x: Array) -> bool:
     """Whether looking at the values is free: a concrete array in CPU memory."""
-    if array_api_compat.is_lazy_array(x):
+    if _torch_is_tracing() or array_api_compat.is_lazy_array(x):
         return False
     device = array_api_compat.device(x)
     return "cpu" in str(getattr(device, "type", device)).lower()
@@ -141,6 +165,14 @@ def only_where(xp: Namespace, mask: Array | None, x: Array, fill: float = 0.0) -
 def either(xp: Namespace, condition: Array, yes: float, no: float, like: Array) -> Array:
     """One number or the other, in the dtype and on the device of `like`; two plain numbers would have neither."""
     return xp.where(condition, xp.asarray(yes, dtype=like.dtype, device=array_api_compat.device(like)), no)
+
+
+def prefix_sum(xp: Namespace, x: Array) -> Array:
+    """Sum of x[..., 0..t] for every t."""
+    torch = _torch()
+    if torch is not None and isinstance(x, torch.Tensor):
+        return x.cumsum(-1)  # torch.compile warns of the caches on array_api_compat's way
+    return xp.cumulative_sum(x, axis=-1)
 
 
 def delay(xp: Namespace, x: Array, steps: int, fill: float) -> Array:

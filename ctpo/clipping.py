@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
 
-import array_api_compat
 import numpy as np
 
-from ctpo._arrays import Array, check_numeric, default_float, namespace, real_number
+from ctpo._arrays import Array, check_numeric, default_float, is_array, namespace, real_number
 
 __all__ = [
     "CalibratedClip",
@@ -381,7 +380,7 @@ Gate = SigmoidGate | GammaWeight | ProbabilityShift
 
 def _float_positions(position: Array) -> tuple[Array, Array]:
     """Positions in a floating dtype, and their namespace."""
-    if not array_api_compat.is_array_api_obj(position):
+    if not is_array(position):
         position = np.asarray(position)
     xp = namespace(position=position)
     check_numeric(xp, position=position)

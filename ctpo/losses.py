@@ -32,7 +32,7 @@ from ctpo._arrays import check_finite, check_numeric, check_sequence_or_token, o
 from ctpo.estimators import Estimator, Evaluation
 from ctpo.ratios import at_level
 from ctpo.sharding import Packing, ProcessGroupShards, evaluate
-from ctpo.zoo import RECIPES, get_estimator
+from ctpo.zoo import ESTIMATORS, RECIPES
 
 __all__ = ["Aggregation", "PolicyLoss", "policy_loss"]
 
@@ -178,7 +178,9 @@ def policy_loss(
         (tensor(0.2000), tensor(2.))
     """
     average = _aggregation(estimator, aggregation)
-    estimator = get_estimator(estimator)
+    if not isinstance(estimator, Estimator):
+        one_of("estimator", estimator, ESTIMATORS)
+        estimator = ESTIMATORS[estimator]
     _check_tensors(
         logp, behavior_logp=behavior_logp, advantages=advantages, mask=mask, weights=weights, turn_ids=turn_ids
     )

@@ -47,6 +47,7 @@ from ctpo._arrays import (
     namespace,
     one_of,
     only_where,
+    prefix_sum,
     run_sum,
     running_minimum,
     windowed_sum,
@@ -95,7 +96,7 @@ def positions(mask: Array) -> Array:
     check_time_axis("mask", mask)
     check_mask(xp, mask, tuple(mask.shape), "mask")
     count = xp.astype(mask, xp.__array_namespace_info__().default_dtypes()["integral"])
-    return only_where(xp, mask, xp.cumulative_sum(count, axis=-1), 0)
+    return only_where(xp, mask, prefix_sum(xp, count), 0)
 
 
 def log_ratio(
@@ -266,7 +267,7 @@ def at_level(
             earlier = xp.minimum(earlier, totals.minimum_before)
         value = tokens + xp.where(earlier == math.inf, 0.0, earlier)
     elif level in ("cumulative", "cumulative_mean"):
-        value = xp.cumulative_sum(tokens, axis=-1)
+        value = prefix_sum(xp, tokens)
         if totals is not None:
             value = value + totals.log_ratio_before
         if level == "cumulative_mean":
@@ -284,7 +285,7 @@ def bounded_positions(xp: Namespace, like: Array, mask: Array | None, totals: To
     if mask is None:
         count = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
     else:
-        count = xp.cumulative_sum(xp.astype(mask, like.dtype), axis=-1)
+        count = prefix_sum(xp, xp.astype(mask, like.dtype))
     if totals is not None:
         count = count + totals.tokens_before
     return count if mask is None else xp.clip(count, min=1.0)
@@ -309,7 +310,7 @@ def _over_neighbors(xp: Namespace, tokens: Array, mask: Array | None, level: str
     elif level == "forward":
         packed = xp.flip(windowed_sum(xp, xp.flip(packed, axis=-1), window), axis=-1)
     else:
-        packed = xp.cumulative_sum(packed, axis=-1)
+        packed = prefix_sum(xp, packed)
     ahead = window if level == "lookahead" else 0
     length = tokens.shape[-1]
     if mask is None:

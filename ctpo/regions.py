@@ -30,7 +30,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import array_api_compat
 
-from ctpo._arrays import Array, Namespace, delay, either, one_of, only_where, real_number
+from ctpo._arrays import Array, Namespace, delay, either, one_of, only_where, prefix_sum, real_number
 from ctpo.ratios import policy_tokens
 
 __all__ = ["DivergenceRegion", "PrefixBudget", "Region", "Scope", "SecondMoment", "SequenceRegion"]
@@ -178,7 +178,7 @@ class PrefixBudget:
         budget = self._budget(xp, divergence, moves.mask) if self.adaptive else self.budget
         spent = weight * divergence
         saved = only_where(xp, moves.mask, weight * budget - spent)
-        before = delay(xp, xp.cumulative_sum(saved, axis=-1), 1, 0.0)
+        before = delay(xp, prefix_sum(xp, saved), 1, 0.0)
         return moves.away() & (spent > self.threshold + xp.clip(before, max=0.0))
 
     def _budget(self, xp: Namespace, divergence: Array, mask: Array | None) -> Array:
@@ -287,7 +287,7 @@ class SecondMoment:
         ordered = xp.sort(xp.reshape(square, (-1,)))
         number = xp.arange(1, ordered.shape[0] + 1, dtype=ordered.dtype, device=array_api_compat.device(ordered))
         # The mean of the n smallest grows with n: where it is too large, the n-th goes, and all above it.
-        beyond = xp.cumulative_sum(ordered) > self.threshold * number
+        beyond = prefix_sum(xp, ordered) > self.threshold * number
         return counted & (square >= xp.min(xp.where(beyond, ordered, math.inf)))
 
 
