@@ -134,7 +134,7 @@ def test_bfloat16_example_shows_what_it_says(capsys):
     assert abs(torch.tensor(-5 - 0.0155).bfloat16() + 5 + 0.0155) > 0.015
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning", "ignore:.*should not be instantiated")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compile_example_gives_the_same_loss(monkeypatch):
     """Without the code generator, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
