@@ -56,10 +56,12 @@ def assert_close(found, expected, **near):
     np.testing.assert_array_equal(found[1], expected[1])
     assert found[2].keys() == expected[2].keys()
     for name, value in expected[2].items():
-        # A deviation from the mean that rounding alone makes is no disagreement.
-        scale = expected[2]["rollout/weight_max" + "_raw" * name.endswith("_raw")] if "std" in name else 0.0
-        atol = near.get("rtol", 0) * scale * 10 if math.isfinite(scale) else 0.0
-        np.testing.assert_allclose(found[2][name], value, rtol=10 * near["rtol"], atol=atol + 1e-12, err_msg=name)
+        # Rounding is relative to the weights: their deviation from the mean, and a logarithm, may be nearly 0.
+        scale = {"rollout/weight_std": "rollout/weight_max", "rollout/weight_std_raw": "rollout/weight_max_raw"}
+        size = expected[2][scale[name]] if name in scale else float("log" in name)
+        rtol = 10 * near["rtol"]
+        atol = rtol * size if math.isfinite(size) else 0.0
+        np.testing.assert_allclose(found[2][name], value, rtol=rtol, atol=atol + 1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("mode", MODES)
