@@ -38,6 +38,12 @@ def is_array(x: object) -> bool:
     return (torch is not None and isinstance(x, torch.Tensor)) or array_api_compat.is_array_api_obj(x)
 
 
+def device(x: Array) -> Any:
+    """Where the array is, to create others beside it."""
+    torch = _torch()
+    return x.device if torch is not None and isinstance(x, torch.Tensor) else array_api_compat.device(x)
+
+
 def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **required: Array) -> Namespace:
     """Array API namespace common to the named arrays, of which mask and turn_ids may be None."""
     optional = {"mask": mask, "turn_ids": turn_ids}
@@ -68,7 +74,7 @@ def working_dtype(xp: Namespace, *arrays: Array) -> DType:
 def default_float(xp: Namespace, x: Array) -> DType:
     """The namespace's default floating dtype on the device of `x`."""
     info = xp.__array_namespace_info__()
-    return info.default_dtypes(device=array_api_compat.device(x))["real floating"]
+    return info.default_dtypes(device=device(x))["real floating"]
 
 
 def check_floating(xp: Namespace, **arrays: Array) -> None:
@@ -135,8 +141,8 @@ def has_readable_values(x: Array) -> bool:
     """Whether looking at the values is free: a concrete array in CPU memory."""
     if _torch_is_tracing() or array_api_compat.is_lazy_array(x):
         return False
-    device = array_api_compat.device(x)
-    return "cpu" in str(getattr(device, "type", device)).lower()
+    place = device(x)
+    return "cpu" in str(getattr(place, "type", place)).lower()
 
 
 def real_number(owner: str, name: str, value: object, allowed: str) -> float:
@@ -164,7 +170,7 @@ def only_where(xp: Namespace, mask: Array | None, x: Array, fill: float = 0.0) -
 
 def either(xp: Namespace, condition: Array, yes: float, no: float, like: Array) -> Array:
     """One number or the other, in the dtype and on the device of `like`; two plain numbers would have neither."""
-    return xp.where(condition, xp.asarray(yes, dtype=like.dtype, device=array_api_compat.device(like)), no)
+    return xp.where(condition, xp.asarray(yes, dtype=like.dtype, device=device(like)), no)
 
 
 def prefix_sum(xp: Namespace, x: Array) -> Array:
@@ -229,7 +235,7 @@ def run_sum(xp: Namespace, x: Array, starts: Array) -> Array:
         x = xp.where(barrier, x, x + delay(xp, x, step, 0.0))
         barrier = barrier | delay(xp, barrier, step, True)
         step *= 2
-    index = xp.arange(length, device=array_api_compat.device(x))
+    index = xp.arange(length, device=device(x))
     last = xp.where(advance(xp, starts, 1, True), xp.astype(index, x.dtype), float(length))
     ends = xp.flip(running_minimum(xp, xp.flip(last, axis=-1)), axis=-1)
     return xp.take_along_axis(x, xp.astype(ends, index.dtype), axis=-1)

@@ -34,8 +34,6 @@ import math
 import operator
 from typing import Literal, NamedTuple, Protocol, get_args
 
-import array_api_compat
-
 from ctpo._arrays import (
     Array,
     Namespace,
@@ -44,6 +42,7 @@ from ctpo._arrays import (
     check_mask,
     check_shape,
     delay,
+    device,
     namespace,
     one_of,
     only_where,
@@ -283,7 +282,7 @@ def at_level(
 def bounded_positions(xp: Namespace, like: Array, mask: Array | None, totals: Totals | None = None) -> Array:
     """Positions in the dtype of `like`, at least 1 everywhere, of a shape that broadcasts against it."""
     if mask is None:
-        count = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=array_api_compat.device(like))
+        count = xp.arange(1, like.shape[-1] + 1, dtype=like.dtype, device=device(like))
     else:
         count = prefix_sum(xp, xp.astype(mask, like.dtype))
     if totals is not None:
@@ -314,7 +313,7 @@ def _over_neighbors(xp: Namespace, tokens: Array, mask: Array | None, level: str
     ahead = window if level == "lookahead" else 0
     length = tokens.shape[-1]
     if mask is None:
-        reach = xp.arange(length, device=array_api_compat.device(tokens)) + min(ahead, length)
+        reach = xp.arange(length, device=device(tokens)) + min(ahead, length)
         reach = xp.where(reach < length, reach, length - 1)
         return xp.take(packed, reach, axis=-1) if ahead else packed
     reach = positions(mask) - 1 + min(ahead, length)

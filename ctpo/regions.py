@@ -28,9 +28,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
-import array_api_compat
-
-from ctpo._arrays import Array, Namespace, delay, either, one_of, only_where, prefix_sum, real_number
+from ctpo._arrays import Array, Namespace, delay, device, either, one_of, only_where, prefix_sum, real_number
 from ctpo.ratios import policy_tokens
 
 __all__ = ["DivergenceRegion", "PrefixBudget", "Region", "Scope", "SecondMoment", "SequenceRegion"]
@@ -58,7 +56,7 @@ class Moves(NamedTuple):
     position: Array  # t, at least 1
 
     def away(self) -> Array:
-        """True where the gradient carries a token farther from the behavior policy."""
+        """True where the gradient carries a token farther from the behavior policy; False where masked."""
         up, down = self.log_ratio > 0, self.log_ratio < 0
         return (up & (self.advantages > 0)) | (down & (self.advantages < 0))
 
@@ -241,9 +239,10 @@ class SequenceRegion:
             estimate = 0.5 * d * d
         else:
             estimate = xp.expm1(d) - d
+        # 0 where masked, as the log-ratio is, and below any threshold.
         if self.statistic == "max":
-            value = xp.max(only_where(xp, moves.mask, estimate, -math.inf), axis=-1, keepdims=True)
-        else:  # 0 where masked, as the log-ratio is
+            value = xp.max(estimate, axis=-1, keepdims=True)
+        else:
             value = xp.sum(estimate, axis=-1, keepdims=True) / _length(xp, d, moves.mask)
         beyond = xp.broadcast_to(value > self.threshold, d.shape)
         return beyond & (moves.advantages < 0) if self.only_negative else beyond
@@ -282,10 +281,10 @@ class SecondMoment:
 
     def rejects(self, xp: Namespace, moves: Moves) -> Array:
         """True at the tokens to take away, shape (..., T); anything where masked."""
-        counted = moves.away() if moves.mask is None else moves.away() & moves.mask
+        counted = moves.away()
         square = xp.where(counted, moves.log_ratio * moves.log_ratio, math.inf)
         ordered = xp.sort(xp.reshape(square, (-1,)))
-        number = xp.arange(1, ordered.shape[0] + 1, dtype=ordered.dtype, device=array_api_compat.device(ordered))
+        number = xp.arange(1, ordered.shape[0] + 1, dtype=ordered.dtype, device=device(ordered))
         # The mean of the n smallest grows with n: where it is too large, the n-th goes, and all above it.
         beyond = prefix_sum(xp, ordered) > self.threshold * number
         return counted & (square >= xp.min(xp.where(beyond, ordered, math.inf)))
