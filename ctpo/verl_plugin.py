@@ -35,9 +35,10 @@ algorithm.rollout_correction                     as in verl: its weights multipl
                                                  ratio is the rollout engine, and verl neither weighs nor rejects
 ================================================ =====================================================================
 
-**Metrics**: verl's ``actor/pg_clipfrac`` (share of policy tokens outside the window or rejected by the trust region),
-``actor/pg_clipfrac_lower`` (outside the dual bound), ``actor/ppo_kl`` (mean of -log r_t), and those of
-`ctpo.policy_loss` as ``actor/ctpo/...``. verl averages them over micro-batches, each with the same weight.
+**Metrics**: verl's ``actor/pg_clipfrac`` (share of policy tokens outside the window or, for estimators with a trust
+region, rejected by it), ``actor/pg_clipfrac_lower`` (outside the dual bound), ``actor/ppo_kl`` (mean of -log r_t), and
+those of `ctpo.policy_loss` as ``actor/ctpo/...``, "saturated" as a share; not the effective sample sizes by position,
+of which there are more in longer micro-batches. verl averages over micro-batches, each with the same weight.
 
 The levels "turn" and "turn_mean" are refused: verl does not tell a loss where turns begin.
 """
@@ -51,12 +52,12 @@ from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from importlib.metadata import entry_points
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ctpo.estimators import Estimator
-from ctpo.losses import policy_loss
+from ctpo.losses import Aggregation, policy_loss
 from ctpo.zoo import ESTIMATORS
 
 try:
@@ -262,36 +263,43 @@ def _loss(
         aggregation, num_tokens = "token-mean", 1
     elif aggregation == "seq-mean-token-sum-norm":
         horizon = batch.get("loss_scale_factor") or mask.shape[-1]
+    estimator = _configured(loss_mode, config.policy_loss)
     found = policy_loss(
         logp,
         behavior_logp,
         advantages,
         mask,
-        estimator=_configured(loss_mode, config.policy_loss),
-        aggregation=aggregation,
+        estimator=estimator,
+        aggregation=cast("Aggregation", aggregation),
         weights=weights,
         num_tokens=num_tokens,
         num_sequences=batch.get("global_batch_size"),
         data_parallel_size=batch.get("dp_size", 1),
         horizon=horizon,
     )
-    return found.loss, _verl_metrics(found.metrics, logp, behavior_logp, mask)
+    return found.loss, _verl_metrics(found.metrics, estimator, logp, behavior_logp, mask)
 
 
 def _verl_metrics(
-    metrics: Mapping[str, torch.Tensor], logp: torch.Tensor, behavior_logp: torch.Tensor, mask: torch.Tensor
+    metrics: Mapping[str, torch.Tensor],
+    estimator: Estimator,
+    logp: torch.Tensor,
+    behavior_logp: torch.Tensor,
+    mask: torch.Tensor,
 ) -> dict[str, float]:
     """Under verl's names, with one host sync for all of them; verl's own losses need one for each."""
+    outside = metrics["clip/low"] + metrics["clip/high"]
     with torch.no_grad():
         wide = torch.promote_types(logp.dtype, torch.float32)
         step_back = torch.where(mask, behavior_logp.to(wide) - logp.to(wide), 0.0)
         found = {
-            "actor/pg_clipfrac": metrics["clip/low"] + metrics["clip/high"] + metrics["clip/rejected"],
+            "actor/pg_clipfrac": outside if estimator.region is None else metrics["clip/rejected"],
             "actor/pg_clipfrac_lower": metrics["clip/dual"],
             "actor/ppo_kl": step_back.sum() / mask.sum().clamp(min=1),
         }
         # verl needs the same names from every micro-batch on every rank, and the buckets depend on the longest row.
         found |= {f"actor/ctpo/{name}": value for name, value in metrics.items() if "position" not in name}
+        found["actor/ctpo/saturated"] = metrics["saturated"] / metrics["tokens"].clamp(min=1)
         return dict(zip(found, torch.stack([value.to(wide) for value in found.values()]).tolist(), strict=True))
 
 

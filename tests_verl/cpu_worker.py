@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,7 @@ class Job:
     micro_batch_size: int = 2
     learning_rate: float = 0.5
     remove_padding: bool = False
+    before_updates: Callable[[Any], None] | None = None  # given the workers' configuration, once they are built
 
 
 def tiny_model(path: Path, seed: int = 0) -> Path:
@@ -141,13 +143,14 @@ def load(path: Path) -> torch.nn.Module:
     return Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-def response_logp(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities of the response tokens, by the plainest way."""
+def response_logp(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the response tokens and the entropies of where they are from, by the plainest way."""
     ids = batch["input_ids"]
     logits = model(
         input_ids=ids, attention_mask=batch["attention_mask"], position_ids=batch["position_ids"], use_cache=False
     ).logits[:, PROMPT - 1 : -1]
-    return torch.log_softmax(logits, -1).gather(-1, ids[:, PROMPT:, None])[..., 0]
+    every = torch.log_softmax(logits, -1)
+    return every.gather(-1, ids[:, PROMPT:, None])[..., 0], -(every.exp() * every).sum(-1)
 
 
 def batch(model: Path, seed: int, *, rows: int = 8, spread: float = 0.15) -> dict[str, torch.Tensor]:
@@ -175,7 +178,7 @@ def batch(model: Path, seed: int, *, rows: int = 8, spread: float = 0.15) -> dic
         "advantages": torch.randn(rows, 1, generator=generator).expand(rows, RESPONSE).clone(),
     }
     with torch.no_grad():
-        own = response_logp(load(model), made)
+        own, _ = response_logp(load(model), made)
     made["old_log_probs"] = own + spread * torch.randn(rows, RESPONSE, generator=generator)
     return made
 
@@ -218,6 +221,8 @@ def _update(job: Job, rank: int, world: int) -> tuple[dict[str, torch.Tensor], l
     worker.init_model()
     trainer = RayPPOTrainer.__new__(RayPPOTrainer)  # its constructor asks for Ray, data and a rollout engine
     trainer.config, trainer.actor_rollout_wg = config, worker
+    if job.before_updates is not None:
+        job.before_updates(config.actor_rollout_ref)
     metrics = []
     for tensors in job.batches:
         data = DataProto.from_dict(tensors=dict(tensors)).chunk(world)[rank]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ctpo
-from ctpo.losses import policy_loss
 from ctpo.clipping import RatioClip
+from ctpo.losses import policy_loss
 
 ACTOR = "actor_rollout_ref.actor"
 OPTIONS = f"{ACTOR}.policy_loss._target_=ctpo.verl_plugin.CTPOPolicyLossConfig"
@@ -40,16 +40,17 @@ def job(model, batches):
     return cpu_worker.Job(model, batches)
 
 
-def plain(job, estimator, aggregation="token-mean", horizon=None):
-    """The same updates by a loop: parameters, and those at the start."""
+def plain(job, estimator, aggregation="token-mean", horizon=None, extra=None):
+    """The same updates by a loop: parameters, and those at the start; `extra` is added to the loss."""
     net = cpu_worker.load(job.model)
     start = {name: value.detach().clone() for name, value in net.named_parameters()}
     optimizer = torch.optim.SGD(net.parameters(), lr=job.learning_rate)
     for batch in job.batches:
         for first in range(0, len(batch["input_ids"]), job.mini_batch_size):
             part = {name: value[first : first + job.mini_batch_size] for name, value in batch.items()}
+            logp, entropy = cpu_worker.response_logp(net, part)
             loss = policy_loss(
-                cpu_worker.response_logp(net, part),
+                logp,
                 part["old_log_probs"],
                 part["advantages"],
                 part["response_mask"].bool(),
@@ -58,6 +59,8 @@ def plain(job, estimator, aggregation="token-mean", horizon=None):
                 weights=part.get("rollout_is_weights"),
                 horizon=horizon,
             ).loss
+            if extra is not None:
+                loss = loss + extra(logp, entropy, part)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -100,7 +103,7 @@ def test_parameters_are_those_of_a_plain_loop(job, case):
 @pytest.mark.parametrize(
     "wrong",
     [
-        ctpo.get_estimator("ctpo", clip=ctpo.PositionClip(power=0.4)),
+        ctpo.get_estimator("ctpo", clip=ctpo.PositionClip(power=0.1)),
         ctpo.get_estimator("ctpo", clip=ctpo.PositionClip(dual=None)),
         "ctpo_mean",
         "ctpo_fixed",
@@ -163,3 +166,54 @@ def test_two_processes_with_half_of_the_rows_each(job, ctpo_parameters):
     found, metrics = cpu_worker.updated_parameters(job, processes=2)
     assert distance(found, ctpo_parameters) < 2e-6
     assert all(0 < update["actor/pg_clipfrac"] < 1 for update in metrics)
+
+
+def test_entropy_and_divergence_are_added_by_verl(job):
+    """verl does so in place, on the tensor that our loss has returned."""
+    job.overrides = [
+        *loss_mode("ctpo"),
+        f"{ACTOR}.entropy_coeff=0.1",
+        f"{ACTOR}.use_kl_loss=True",
+        f"{ACTOR}.kl_loss_type=mse",
+        f"{ACTOR}.kl_loss_coef=0.2",
+    ]
+    generator = torch.Generator().manual_seed(6)
+    job.batches = [
+        batch
+        | {"ref_log_prob": batch["old_log_probs"] + torch.randn(batch["old_log_probs"].shape, generator=generator)}
+        for batch in job.batches
+    ]
+
+    def extra(logp, entropy, part):
+        mask = part["response_mask"].bool()
+        added = 0.2 * 0.5 * (logp - part["ref_log_prob"]) ** 2 - 0.1 * entropy
+        return torch.where(mask, added, 0.0).sum() / mask.sum()
+
+    found, metrics = cpu_worker.updated_parameters(job)
+    expected, start = plain(job, "ctpo", extra=extra)
+    assert_same_update(found, expected, start)
+    assert distance(found, plain(job, "ctpo")[0]) > 1e-3
+    assert all({"actor/entropy_loss", "actor/kl_loss", "actor/ctpo/ess/sequence"} < set(update) for update in metrics)
+
+
+def test_bypass_mode_of_verl_leaves_the_loss_and_takes_the_rollout_engine_for_the_behavior_policy(job, ctpo_parameters):
+    """It renames the loss in the driver's configuration, which the workers have read before."""
+    from omegaconf import OmegaConf
+    from verl import DataProto
+    from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
+
+    job.overrides = loss_mode("ctpo")
+    config = cpu_worker.compose_config(job)
+    batch = dict(job.batches[0])
+    rollout = batch.pop("old_log_probs")
+    data = DataProto.from_dict(tensors=batch | {"rollout_log_probs": rollout})
+    apply_bypass_mode(data, OmegaConf.create({"bypass_mode": True}), config.actor_rollout_ref.actor.policy_loss)
+    assert torch.equal(data.batch["old_log_probs"], rollout)
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "bypass_mode"
+
+    def renamed(worker_config):
+        apply_bypass_mode(data, OmegaConf.create({"bypass_mode": True}), worker_config.actor.policy_loss)
+
+    job.before_updates = renamed
+    found, _ = cpu_worker.updated_parameters(job)
+    assert distance(found, ctpo_parameters) == 0

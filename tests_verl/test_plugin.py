@@ -17,8 +17,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import ctpo
-from ctpo.losses import policy_loss
 from ctpo import verl_plugin
+from ctpo.losses import policy_loss
 
 ACTOR = "actor_rollout_ref.actor"
 TARGET = f"{ACTOR}.policy_loss._target_=ctpo.verl_plugin.CTPOPolicyLossConfig"
@@ -236,7 +236,9 @@ def test_check_says_why_a_plugin_cannot_be_imported(tmp_path):
     )
     found = check(PYTHONPATH=str(tmp_path), VERL_USE_EXTERNAL_MODULES="taken")
     assert found.returncode == 1
-    assert "the plug-in cannot be imported: ValueError: loss_mode must be a name that verl does not have" in found.stderr
+    assert (
+        "the plug-in cannot be imported: ValueError: loss_mode must be a name that verl does not have" in found.stderr
+    )
 
 
 def test_docstring_examples():

@@ -16,7 +16,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
     compute_rollout_rejection_mask,
 )
 
-from ctpo.rollout_correction import rollout_correction
+from ctpo import rollout_correction
 
 # verl cuts every log-ratio, of a token as of a sequence, to +-20.
 VERL_LIMIT = 20.0
