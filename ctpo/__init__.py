@@ -2,8 +2,8 @@
 
 `ctpo.ratios` has the ratios, `ctpo.clipping` their windows, `ctpo.regions` trust regions, `ctpo.estimators` the
 policy-gradient coefficients made of them, `ctpo.zoo` those that have a name, `ctpo.advantages` what they are
-multiplied by. Importing this package needs NumPy and array-api-compat only; `ctpo.policy_loss`, the loss for training,
-imports torch when it is first asked for.
+multiplied by, `ctpo.rollout` the weights for a rollout engine. Importing this package needs NumPy and array-api-compat
+only; `ctpo.policy_loss`, the loss for training, imports torch when it is first asked for.
 """
 
 import typing
@@ -12,6 +12,7 @@ from ctpo.advantages import doubly_robust, group_relative, leave_one_out, per_de
 from ctpo.clipping import CalibratedClip, PositionClip, RatioClip
 from ctpo.estimators import Coefficients, Estimator
 from ctpo.ratios import log_ratio, positions
+from ctpo.rollout import RolloutCorrection, rollout_correction
 from ctpo.zoo import ESTIMATORS, get_estimator
 
 if typing.TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "PolicyLoss",
     "PositionClip",
     "RatioClip",
+    "RolloutCorrection",
     "__version__",
     "doubly_robust",
     "get_estimator",
@@ -36,6 +38,7 @@ __all__ = [
     "per_decision",
     "policy_loss",
     "positions",
+    "rollout_correction",
 ]
 
 
@@ -43,7 +46,12 @@ def __getattr__(name: str) -> typing.Any:
     """What needs torch, imported on first use."""
     if name not in ("PolicyLoss", "policy_loss"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctpo import losses
+    try:
+        from ctpo import losses
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(f"ctpo.{name} needs torch, which is not installed", name="torch") from None
 
     return getattr(losses, name)
 

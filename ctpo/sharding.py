@@ -121,6 +121,13 @@ def evaluate(
 
     Raises:
         ValueError: As `Estimator.coefficients`, or the ranks hold different numbers of sequences.
+
+    Example:
+        >>> from ctpo import get_estimator
+        >>> logp, behavior_logp = torch.tensor([[-1.0, -0.5]]), torch.tensor([[-1.25, -0.5]])
+        >>> found = evaluate(get_estimator("ctpo_fixed"), logp, behavior_logp, torch.ones(1))
+        >>> found.coefficients.weight
+        tensor([[1.2840, 1.2840]])
     """
     if shards is None or estimator.scans_time:
         return estimator.evaluate(logp, behavior_logp, advantages, mask, turn_ids=turn_ids, shards=shards)

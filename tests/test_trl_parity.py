@@ -25,7 +25,7 @@ import ctpo
 from ctpo import Estimator, PositionClip, RatioClip, get_estimator
 from ctpo.clipping import GammaWeight, SigmoidGate
 from ctpo.regions import SequenceRegion
-from ctpo.rollout_correction import rollout_correction
+from ctpo import rollout_correction
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 UNLIMITED: dict[str, Any] = {"max_log_ratio": None, "max_token_log_ratio": None}

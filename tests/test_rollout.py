@@ -9,7 +9,7 @@ from itertools import product
 import array_api_strict
 import hypothesis.strategies as st
 import numpy as np
-import oracle_rollout_correction as oracle
+import oracle_rollout as oracle
 import pytest
 import torch
 from hypothesis import assume, given
@@ -17,7 +17,7 @@ from strategies import batches
 
 from ctpo import log_ratio
 from ctpo.ratios import LEVELS, SMALLEST_WINDOW
-from ctpo.rollout_correction import rollout_correction
+from ctpo import rollout_correction
 
 MODES = ("truncate", "mask", "reject")
 bounds = st.fixed_dictionaries(
