@@ -15,9 +15,8 @@ import torch
 from hypothesis import assume, given
 from strategies import batches
 
-from ctpo import log_ratio
+from ctpo import log_ratio, rollout_correction
 from ctpo.ratios import LEVELS, SMALLEST_WINDOW
-from ctpo import rollout_correction
 
 MODES = ("truncate", "mask", "reject")
 bounds = st.fixed_dictionaries(

@@ -22,10 +22,9 @@ from strategies import Batch, batches
 from trl_harness import Result, tiny_model, trainer, trl_loss, trl_parameter_gradients, trl_rollout_batch
 
 import ctpo
-from ctpo import Estimator, PositionClip, RatioClip, get_estimator
+from ctpo import Estimator, PositionClip, RatioClip, get_estimator, rollout_correction
 from ctpo.clipping import GammaWeight, SigmoidGate
 from ctpo.regions import SequenceRegion
-from ctpo import rollout_correction
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 UNLIMITED: dict[str, Any] = {"max_log_ratio": None, "max_token_log_ratio": None}
