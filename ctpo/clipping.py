@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,22 @@ __all__ = [
 ]
 
 Bounds = tuple[Array, Array, Array | None]
+
+
+class Scales(NamedTuple):
+    """A window in parts: a log bound is center + scale x width, with None for a center of 0 and a width of 1."""
+
+    low: float
+    high: float
+    dual: float | None
+    width: Array | None
+    center: Array | None
+
+    def bound(self, scale: Array | float) -> Array | float:
+        """Log bound of one scale, or of an array of them that broadcasts against the positions."""
+        if self.width is not None:
+            scale = scale * self.width
+        return scale if self.center is None else self.center + scale
 
 
 @dataclass(frozen=True)
@@ -96,9 +113,14 @@ class RatioClip:
             ValueError: `position` is not numeric.
         """
         position, xp = _float_positions(position)
+        scales = self.scales(position)
+        low, high = xp.full_like(position, scales.low), xp.full_like(position, scales.high)
+        return low, high, None if scales.dual is None else xp.full_like(position, scales.dual)
+
+    def scales(self, position: Array) -> Scales:
+        """`bounds` in parts."""
         log_low = -math.inf if self.low == 1 else math.log1p(-self.low)
-        low, high = xp.full_like(position, log_low), xp.full_like(position, math.log1p(self.high))
-        return low, high, None if self.dual is None else xp.full_like(position, math.log(self.dual))
+        return Scales(log_low, math.log1p(self.high), None if self.dual is None else math.log(self.dual), None, None)
 
 
 @dataclass(frozen=True)
@@ -165,14 +187,14 @@ class PositionClip:
             ValueError: `position` is not numeric.
         """
         position, xp = _float_positions(position)
-        position = xp.clip(position, min=1.0)
-        width = position**self.power
-        low, high = -self.low * width, self.high * width
-        dual = None if self.dual is None else self.dual * width
-        if self.drift:
-            center = -self.drift * position
-            low, high, dual = center + low, center + high, None if dual is None else center + dual
-        return low, high, dual
+        scales = self.scales(xp.clip(position, min=1.0))
+        dual = None if scales.dual is None else scales.bound(scales.dual)
+        return scales.bound(scales.low), scales.bound(scales.high), dual
+
+    def scales(self, position: Array) -> Scales:
+        """`bounds` in parts, at floating positions of at least 1."""
+        center = -self.drift * position if self.drift else None
+        return Scales(-self.low, self.high, self.dual, position**self.power, center)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +293,10 @@ class CalibratedClip:
             ValueError: `position` is not numeric.
         """
         return self.position_clip.bounds(position)
+
+    def scales(self, position: Array) -> Scales:
+        """`bounds` in parts, as `PositionClip.scales`."""
+        return self.position_clip.scales(position)
 
 
 #: Any of the windows.

@@ -339,8 +339,9 @@ class Estimator:
             scale = weight * advantages
             value = scale * xp.where(scale == 0, 0.0, logp)
         else:
-            counted = advantages != 0
-            value = xp.where(counted if mask is None else counted & mask, factor, 0.0) * advantages
+            if not self._is_bounded:
+                factor = xp.where(advantages == 0, 0.0, factor)
+            value = only_where(xp, mask, factor) * advantages
         # Combining with False makes separate arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated, rejected))
         found = Coefficients(value, weight, *flags)
@@ -351,6 +352,12 @@ class Estimator:
         """Whether totals per sequence are all that a shard of the time axis needs to know of the others."""
         scanned = self.level in SCANNED_LEVELS and self.form != "gmpo"
         return scanned and (self.region is None or self.region.scope == "token")
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether the limits keep every ratio, and its square, within the range of float32."""
+        limit = self.max_token_log_ratio if self.level == "token" else self.max_log_ratio
+        return limit is not None and limit < 40
 
     def _limit_tokens(self, xp: Namespace, tokens: Array) -> tuple[Array, Array, Array]:
         """Token log-ratios within `max_token_log_ratio`, where it acted, and where it takes the weight away."""
@@ -365,15 +372,21 @@ class Estimator:
     ) -> tuple[Array, Array, Array, Array]:
         """Where the lower, upper and dual bounds act, and the log-ratios that they leave."""
         assert isinstance(self.clip, Clip)
-        log_low, log_high, log_dual = self.clip.bounds(position)
-        low, high = log_ratio < log_low, log_ratio > log_high
+        scales, positive, negative = self.clip.scales(position), advantages > 0, advantages < 0
+        lower: Array | float = scales.low
+        upper: Array | float = scales.high
         if self.form not in ("cispo", "reject"):
-            low, high = low & (advantages < 0), high & (advantages > 0)
-        moved = xp.where(low, log_low, xp.where(high, log_high, log_ratio))
-        if log_dual is None:
-            return low, high, xp.zeros_like(low), moved
-        dual = (log_ratio > log_dual) & (advantages < 0)
-        return low, high, dual, xp.where(dual, log_dual, moved)
+            # A scale for each sign of A, most often one per sequence: cheaper than a choice among bounds at each token.
+            lower = either(xp, negative, scales.low, -math.inf, log_ratio)
+            upper = either(xp, positive, scales.high, math.inf, log_ratio)
+            if scales.dual is not None:
+                upper = xp.where(negative, scales.dual, upper)
+        lower, upper = scales.bound(lower), scales.bound(upper)
+        low, high = log_ratio < lower, log_ratio > upper
+        dual = xp.zeros_like(low)
+        if scales.dual is not None:
+            high, dual = high & positive, high & negative
+        return low, high, dual, xp.clip(log_ratio, min=lower, max=upper)
 
     def _smooth(
         self, xp: Namespace, log_ratio: Array, advantages: Array, behavior_logp: Array, position: Array
