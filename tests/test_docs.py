@@ -101,11 +101,13 @@ def test_example_on_two_processes(name, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
-    differences = re.findall(r"^rank \d: .*differ by (\S+)", found.stdout, flags=re.MULTILINE)
+    # The processes write to one pipe: a line of one may end after that of the other.
+    differences = re.findall(r"differ by (\d\.\de[+-]\d+)", found.stdout)
     assert len(differences) == 2, found.stdout
     assert max(map(float, differences)) < 1e-6
-    for loss, whole in re.findall(r"loss (\S+), whole (\S+),", found.stdout):
-        assert loss == whole
+    losses = re.findall(r"loss (\S+), whole (\S+),", found.stdout)
+    assert len(losses) == (2 if name == "sharded" else 0)
+    assert all(loss == whole for loss, whole in losses)
 
 
 def test_rollout_example_reports_both_ratios():
