@@ -316,6 +316,20 @@ def second_moment(logp, behavior_logp, advantages, mask, threshold):
     return found, [[margin] * len(row) for row in mask]
 
 
+def rejections(kind, fields, logp, behavior_logp, advantages, mask):
+    """Rejections and margins of a batch, lists of lists, by the region's class name and fields."""
+    if kind == "SecondMoment":
+        return second_moment(logp, behavior_logp, advantages, mask, **fields)
+    function = {
+        "DivergenceRegion": divergence_region,
+        "PrefixBudget": prefix_budget,
+        "SequenceRegion": sequence_region,
+    }[kind]
+    rows = zip(logp, behavior_logp, advantages, mask, strict=True)
+    found, margins = zip(*(function(*row, **fields) for row in rows), strict=True)
+    return list(found), list(margins)
+
+
 def group_relative(rewards, scale_by_std=False, eps=1e-6):
     mean = sum(rewards) / len(rewards)
     if min(rewards) == max(rewards):

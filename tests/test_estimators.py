@@ -78,26 +78,14 @@ def by_loops(estimator: Estimator, batch: Batch) -> dict[str, np.ndarray]:
         for i, row in enumerate(zip(*inputs, strict=True))
     ]
     if estimator.region is not None:
-        for row, found, margins in zip(rows, *rejections(estimator.region, inputs), strict=True):
+        of_region = type(estimator.region).__name__, dataclasses.asdict(estimator.region)
+        for row, found, margins in zip(rows, *oracle.rejections(*of_region, *inputs), strict=True):
             for token, rejected, margin in zip(row, found, margins, strict=True):
                 token["margin"] = min(token["margin"], margin)
                 token["rejected"] = rejected
                 if rejected:
                     token["value"] = token["weight"] = 0.0
     return {name: np.array([[token[name] for token in row] for row in rows]) for name in rows[0][0]}
-
-
-def rejections(region, inputs):
-    """Tokens that the oracle's region rejects, and distances from its thresholds, row by row."""
-    fields = dataclasses.asdict(region)
-    if isinstance(region, SecondMoment):
-        return oracle.second_moment(*inputs, **fields)
-    function = {
-        DivergenceRegion: oracle.divergence_region,
-        PrefixBudget: oracle.prefix_budget,
-        SequenceRegion: oracle.sequence_region,
-    }[type(region)]
-    return zip(*(function(*row, **fields) for row in zip(*inputs, strict=True)), strict=True)
 
 
 def compare(found: Coefficients, expected: dict[str, np.ndarray], *, rtol: float, margin: float) -> None:

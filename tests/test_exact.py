@@ -893,7 +893,7 @@ def test_long_horizon_gradient_of_independent_tokens():
             lambda w: rational_weights(enumerate_trajectories(w), "window"),
             "level: unknown level 'window' or window None",
         ),
-        (lambda w: estimator_moments(w, "ppo"), "estimator must be one of"),
+        (lambda w: estimator_moments(w, "pppo"), "estimator must be one of"),
     ],
 )
 def test_bad_input_is_named(call, message):

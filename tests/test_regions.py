@@ -1,4 +1,4 @@
-"""Trust regions: by hand, at their thresholds, and what their scope promises (against loops: test_estimators.py)."""
+"""Trust regions: by hand, against loops, at their thresholds, and what their scope promises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -160,6 +161,46 @@ def test_equal_squares_go_together():
     """Whatever the order of the batch: of two equal ones none is preferred."""
     d = np.array([0.1, 0.5, 0.5])
     assert rejected(SecondMoment(0.14), d, np.zeros(3), np.array(1.0)).tolist() == [False, True, True]
+
+
+# Against loops, and with the gaps and garbage that data have.
+
+
+@given(batch=batches(smallest=-3.0), fixed=st.booleans())
+def test_every_region_equals_loops(xp, batch, fixed):
+    """`fixed` gives every token the advantage that its change goes with: as many as can move away."""
+    if fixed:
+        batch.advantages = np.where(batch.mask, np.where(batch.logp > batch.behavior_logp, 1.0, -1.0), np.nan)
+    arrays = [xp(getattr(batch, name)) for name in ("logp", "behavior_logp", "advantages", "mask")]
+    lists = [getattr(batch, name).tolist() for name in ("logp", "behavior_logp", "advantages", "mask")]
+    for region in EVERY:
+        found = Estimator("token", form="unclipped", region=region).coefficients(*arrays).rejected
+        of_region = type(region).__name__, dataclasses.asdict(region)
+        expected, margins = (np.array(x) for x in oracle.rejections(*of_region, *lists))
+        clear = margins > 1e-9
+        np.testing.assert_array_equal(xp.numpy(found)[clear], expected[clear], err_msg=repr(region))
+
+
+def test_a_gap_changes_no_decision():
+    rng = np.random.default_rng(3)
+    met = dict.fromkeys(EVERY, 0)
+    for _ in range(50):
+        mask = rng.random((4, 30)) < 0.5
+        q = rng.uniform(0.3, 0.7, (4, 30))
+        p = q + rng.choice([-0.08, -0.02, 0.0, 0.02, 0.08], (4, 30))
+        logp, b, a = np.log(p), np.log(q), np.sign(p - q)
+        bad = [np.where(mask, x, y) for x, y in ((logp, np.inf), (b, np.nan), (a, -np.inf))]
+        for region in EVERY:
+            found = rejected(region, *bad, mask)
+            if region.scope == "batch":
+                continue
+            for row in range(4):
+                alone = rejected(region, *(x[row][mask[row]] for x in (logp, b, a)))
+                np.testing.assert_array_equal(found[row][mask[row]], alone, err_msg=repr(region))
+                met[region] += 0 < alone.sum() < len(alone)
+    for region in EVERY:
+        if region.scope in ("token", "prefix") or isinstance(region, PrefixBudget):
+            assert met[region] > 20  # sequences of which a part is rejected
 
 
 # Scopes.

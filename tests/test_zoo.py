@@ -421,18 +421,18 @@ def test_cfpo_has_no_gradient_at_the_bound_of_ppo_and_reverses_beyond():
 
 
 def test_drpo_is_dppo_with_a_gradient_that_fades():
-    """With the threshold of DPPO both end at the same change of probability."""
-    q, delta = np.array([0.2, 0.5, 0.9]), 0.05
-    for sign in (1.0, -1.0):
-        edge = np.log(q + sign * delta)
-        soft = Estimator("token", ProbabilityShift(delta, delta), "cfpo")
-        found = soft.coefficients(edge, np.log(q), np.full(3, sign))
+    """With the thresholds of DPPO both end at the same change of probability."""
+    q, low, high = np.array([0.2, 0.5, 0.9]), 0.03, 0.05
+    soft = Estimator("token", ProbabilityShift(low, high), "cfpo")
+    hard = Estimator("token", form="unclipped", region=DivergenceRegion(low, high))
+    for change in (-low, high):
+        a = np.full(3, np.sign(change))
+        found = soft.coefficients(np.log(q + change), np.log(q), a)
         np.testing.assert_allclose(found.weight, 0.0, atol=1e-12)
-        hard = Estimator("token", form="unclipped", region=DivergenceRegion(delta, delta))
-        for change, kept in ((0.99, True), (1.01, False)):
-            logp = np.log(q + sign * change * delta)
-            assert (hard.coefficients(logp, np.log(q), np.full(3, sign)).rejected != kept).all()
-            assert ((soft.coefficients(logp, np.log(q), np.full(3, sign)).weight > 0) == kept).all()
+        for scale, kept in ((0.99, True), (1.01, False)):
+            logp = np.log(q + scale * change)
+            assert (hard.coefficients(logp, np.log(q), a).rejected != kept).all()
+            assert ((soft.coefficients(logp, np.log(q), a).weight > 0) == kept).all()
 
 
 def test_sapo_and_vespo_are_largest_near_one():
