@@ -387,38 +387,38 @@ def _metrics(
 ) -> dict[str, torch.Tensor]:
     """The metrics of `policy_loss`: sums over this process's tokens first, brought together, then made means."""
     coefficients, totals, raw = found.coefficients, found.totals, found.log_ratio
-    policy = torch.ones_like(raw, dtype=torch.bool) if mask is None else mask
     applied = only_where(xp, mask, found.applied_log_ratio)
     log_rho = raw
     if estimator.level != "cumulative":
         log_rho = at_level(xp, found.token_log_ratio, mask, "cumulative", totals=totals)
     per_token = log_rho / found.position
-    flags = {
-        "low": coefficients.clipped_low,
-        "high": coefficients.clipped_high,
-        "dual": coefficients.clipped_dual,
-        "rejected": coefficients.rejected,
-        "saturated": coefficients.saturated,
-        "zero": (found.advantages == 0) & policy,
-    }
     sums = {
-        **{name: torch.count_nonzero(flag) for name, flag in flags.items()},
+        "low": _number(coefficients.clipped_low),
+        "high": _number(coefficients.clipped_high),
+        "dual": _number(coefficients.clipped_dual),
+        "rejected": _number(coefficients.rejected),
+        "saturated": _number(coefficients.saturated),
+        "zero": _number_of_zeros(found.advantages, mask, raw),
         "raw": raw.sum(),
-        "raw^2": (raw * raw).sum(),
+        "raw^2": _dot(raw, raw),
         "applied": applied.sum(),
-        "applied^2": (applied * applied).sum(),
+        "applied^2": _dot(applied, applied),
         "log_rho": log_rho.sum(),
         "log_rho/t": per_token.sum(),
-        "log_rho^2/t": (per_token * log_rho).sum(),
-        "t": torch.where(policy, found.position, 0.0).sum(),
+        "log_rho^2/t": _dot(per_token, log_rho),
     }
     # Shards may differ in length: all ranks send as many buckets as there can be.
     edges = _EDGES if shards is not None else [edge for edge in _EDGES if edge <= max(raw.shape[-1], 1)]
-    sums, ess = _joined(sums, _buckets(raw, found.position, policy, edges), shards)
+    log_weights = only_where(xp, mask, raw, -math.inf)
+    sums, log_sums = _joined(sums, _log_sums(log_weights, found.position, edges), shards)
+    # Position and length tell how many tokens of a sequence lie in a bucket.
+    reach = torch.stack([counts.by_sequence.clamp(max=edge - 1.0).sum() for edge in edges[1:]] + [counts.tokens])
+    ess = _effective(*log_sums, reach.diff(prepend=reach.new_zeros(1)))
     n = counts.tokens.clamp(min=1.0)
     means = {name: total / n for name, total in sums.items()}
-    total_log_ratio = found.token_log_ratio.sum(-1, keepdim=True) if totals is None else totals.log_ratio
-    log_rho_end = torch.where(counts.by_sequence > 0, total_log_ratio, -math.inf).reshape(-1)
+    mean_position = (counts.by_sequence * (counts.by_sequence + 1.0)).sum() / (2.0 * n)
+    log_rho_end = found.token_log_ratio.sum(-1, keepdim=True) if totals is None else totals.log_ratio
+    log_rho_end = torch.where(counts.by_sequence > 0, log_rho_end, -math.inf).reshape(-1)
     drift = means["log_rho/t"]
     return {
         "clip/low": means["low"],
@@ -432,9 +432,9 @@ def _metrics(
         "log_ratio/applied_std": _spread(means["applied^2"] - means["applied"] ** 2).sqrt(),
         "log_rho/mean_per_token": drift,
         "log_rho/var_per_token": _spread(
-            means["log_rho^2/t"] - 2 * drift * means["log_rho"] + drift * drift * means["t"]
+            means["log_rho^2/t"] - 2.0 * drift * means["log_rho"] + drift * drift * mean_position
         ),
-        "ess/sequence": _effective(log_rho_end.logsumexp(0), (2 * log_rho_end).logsumexp(0), counts.sequences),
+        "ess/sequence": _effective(log_rho_end.logsumexp(0), (2.0 * log_rho_end).logsumexp(0), counts.sequences),
         **{f"ess/position_{edge}": value for edge, value in zip(edges, ess, strict=True)},
         "saturated": sums["saturated"],
         "advantage/zero": means["zero"],
@@ -443,33 +443,94 @@ def _metrics(
     }
 
 
-def _buckets(
-    log_weights: torch.Tensor, position: torch.Tensor, policy: torch.Tensor, edges: Sequence[int]
-) -> torch.Tensor:
-    """Of the tokens from every edge up to the next: log sum w, log sum w^2, number; shape (3, len(edges))."""
-    found = []
-    for low, high in zip(edges, [*edges[1:], math.inf], strict=True):
-        inside = policy & (position >= low) & (position < high)
-        x = torch.where(inside, log_weights, -math.inf).reshape(-1)
-        found.append(torch.stack([x.logsumexp(0), (2 * x).logsumexp(0), inside.sum().to(x.dtype)]))
-    return torch.stack(found, -1) if found else log_weights.new_zeros((3, 0))
+def _number(flag: torch.Tensor) -> torch.Tensor:
+    """Number of True entries; as bytes they add up fastest."""
+    return flag.view(torch.uint8).sum(dtype=torch.int32)
+
+
+def _number_of_zeros(advantages: torch.Tensor, mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Number of policy tokens with a zero advantage, of advantages per token or (..., 1)."""
+    zero = advantages == 0
+    if zero.shape == like.shape and mask is not None:
+        return _number(zero & mask)
+    own = like.shape[-1] // zero.shape[-1] if mask is None else mask.view(torch.uint8).sum(-1, True, dtype=torch.int32)
+    return torch.where(zero, own, 0).sum()
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sum of products, without writing them."""
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
+# Tokens that are summed up before anything else is done with them.
+_CHUNK = 32
+
+
+def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:
+    """Log sum w and log sum w^2 of the tokens from each edge up to the next, shape (2, len(edges)).
+
+    Positions never fall along a row, so most chunks of a row lie in one bucket and are summed up first; only chunks
+    with an edge inside are taken apart. All sums are relative to the largest weight of chunk and bucket, and what is
+    less than exp(-40) of it (float32) counts as that: it changes no digit, and numbers below the normal range are slow.
+
+    Args:
+        log_weights: Shape (..., T), -inf where masked.
+        position: Shape (..., T) or (T,), at least 1.
+        edges: Increasing, from 1 on.
+    """
+    length, dtype = log_weights.shape[-1], log_weights.dtype
+    log_weights = log_weights.reshape(-1, length)
+    position = position.expand(log_weights.shape) if position.ndim == 1 else position.reshape(-1, length)
+    smallest = math.log(torch.finfo(dtype).tiny) / 2.2
+    bounds = torch.tensor([*edges, math.inf], dtype=dtype, device=log_weights.device)
+    chunks = length // _CHUNK
+    whole, rest = chunks * _CHUNK, slice(chunks * _CHUNK, None)
+    # Items: log of the largest weight, sums relative to it, and the positions from first to last.
+    tokens, places = [log_weights[:, rest].reshape(-1)], [position[:, rest].reshape(-1)]
+    if chunks:
+        x = log_weights[:, :whole].unflatten(1, (chunks, _CHUNK))
+        t = position[:, :whole].unflatten(1, (chunks, _CHUNK))
+        largest = x.amax(-1)
+        w = (x - largest.clamp(min=torch.finfo(dtype).min)[..., None]).clamp(min=smallest).exp()
+        first, last = t[..., 0], t[..., -1].contiguous()
+        inner = bounds[1:-1].expand(len(x), -1).contiguous()
+        index = torch.searchsorted(last, inner)  # of the chunk where a bucket begins
+        found = index.clamp(max=chunks - 1)
+        cut = (index < chunks) & (first.gather(1, found) < inner)
+        cut[:, 1:] &= index[:, 1:] != index[:, :-1]  # once, if it has several edges
+        taken = found[..., None].expand(-1, -1, _CHUNK)
+        tokens.append(torch.where(cut[..., None], x.gather(1, taken), -math.inf).reshape(-1))
+        places.append(t.gather(1, taken).reshape(-1))
+    single, place = torch.cat(tokens), torch.cat(places)
+    one = torch.ones_like(single)
+    items = [single, one, one, place, place]
+    if chunks:
+        wholes = (largest, w.sum(-1), (w * w).sum(-1), first, last)
+        items = [torch.cat([item, part.reshape(-1)]) for item, part in zip(items, wholes, strict=True)]
+    peak, weight, square, first, last = items
+    inside = (first >= bounds[:-1, None]) & (last < bounds[1:, None])
+    peaks = torch.where(inside, peak, -math.inf)
+    top = torch.cat([peaks, torch.full_like(peaks[:, :1], -math.inf)], 1).amax(1)
+    scale = (peaks - top.clamp(min=torch.finfo(dtype).min)[:, None]).clamp(min=smallest).exp()
+    return torch.stack([top + (scale @ weight).log(), 2.0 * top + ((scale * scale) @ square).log()])
 
 
 def _joined(
-    sums: dict[str, torch.Tensor], buckets: torch.Tensor, shards: ProcessGroupShards | None
+    sums: dict[str, torch.Tensor], log_sums: torch.Tensor, shards: ProcessGroupShards | None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Sums over all shards, and the effective sample size of every bucket: one exchange."""
-    totals = torch.stack([x.to(buckets.dtype) for x in sums.values()])
+    """Sums over all shards: one exchange."""
+    totals = torch.stack([x.to(log_sums.dtype) for x in sums.values()])
     if shards is not None:
-        parts = shards.gather(torch.cat([totals, buckets.reshape(-1)]))
-        totals, parts = parts[:, : len(sums)].sum(0), parts[:, len(sums) :].unflatten(1, buckets.shape)
-        buckets = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
-    return dict(zip(sums, totals, strict=True)), _effective(*buckets)
+        parts = shards.gather(torch.cat([totals, log_sums.reshape(-1)]))
+        totals = parts[:, : len(sums)].sum(0)
+        log_sums = parts[:, len(sums) :].unflatten(1, log_sums.shape).logsumexp(0)
+    return dict(zip(sums, totals, strict=True)), log_sums
 
 
 def _effective(log_sum: torch.Tensor, log_sum_of_squares: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """(sum w)^2 / sum w^2 as a fraction of the number of weights, 0 of none."""
-    return torch.where(log_sum > -math.inf, torch.exp(2 * log_sum - log_sum_of_squares) / number.clamp(min=1.0), 0.0)
+    """(sum w)^2 / sum w^2 as a fraction of the number of weights; 0 of none, and if all are 0."""
+    fraction = torch.exp(2.0 * log_sum - log_sum_of_squares) / number.clamp(min=1.0)
+    return torch.where(log_sum == -math.inf, 0.0, fraction)
 
 
 def _spread(variance: torch.Tensor) -> torch.Tensor:
