@@ -413,7 +413,7 @@ def _metrics(
     sums, log_sums = _joined(sums, _log_sums(log_weights, found.position, edges), shards)
     # Position and length tell how many tokens of a sequence lie in a bucket.
     reach = torch.stack([counts.by_sequence.clamp(max=edge - 1.0).sum() for edge in edges[1:]] + [counts.tokens])
-    ess = _effective(*log_sums, reach.diff(prepend=reach.new_zeros(1)))
+    ess = _effective(log_sums[0], log_sums[1], reach.diff(prepend=reach.new_zeros(1)))
     n = counts.tokens.clamp(min=1.0)
     means = {name: total / n for name, total in sums.items()}
     mean_position = (counts.by_sequence * (counts.by_sequence + 1.0)).sum() / (2.0 * n)
@@ -453,8 +453,9 @@ def _number_of_zeros(advantages: torch.Tensor, mask: torch.Tensor | None, like: 
     zero = advantages == 0
     if zero.shape == like.shape and mask is not None:
         return _number(zero & mask)
-    own = like.shape[-1] // zero.shape[-1] if mask is None else mask.view(torch.uint8).sum(-1, True, dtype=torch.int32)
-    return torch.where(zero, own, 0).sum()
+    if mask is None:
+        return _number(zero) * (like.shape[-1] if zero.shape != like.shape else 1)
+    return torch.where(zero, mask.view(torch.uint8).sum(-1, keepdim=True, dtype=torch.int32), 0).sum()
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -479,8 +480,9 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
         edges: Increasing, from 1 on.
     """
     length, dtype = log_weights.shape[-1], log_weights.dtype
-    log_weights = log_weights.reshape(-1, length)
-    position = position.expand(log_weights.shape) if position.ndim == 1 else position.reshape(-1, length)
+    rows = math.prod(log_weights.shape[:-1])
+    position = position.expand(log_weights.shape).reshape(rows, length)
+    log_weights = log_weights.reshape(rows, length)
     smallest = math.log(torch.finfo(dtype).tiny) / 2.2
     bounds = torch.tensor([*edges, math.inf], dtype=dtype, device=log_weights.device)
     chunks = length // _CHUNK
