@@ -488,7 +488,9 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
     chunks = length // _CHUNK
     whole, rest = chunks * _CHUNK, slice(chunks * _CHUNK, None)
     # Items: log of the largest weight, sums relative to it, and the positions from first to last.
-    tokens, places = [log_weights[:, rest].reshape(-1)], [position[:, rest].reshape(-1)]
+    # The first is of no bucket: a maximum needs one.
+    tokens = [log_weights.new_full((1,), -math.inf), log_weights[:, rest].reshape(-1)]
+    places = [log_weights.new_zeros(1), position[:, rest].reshape(-1)]
     if chunks:
         x = log_weights[:, :whole].unflatten(1, (chunks, _CHUNK))
         t = position[:, :whole].unflatten(1, (chunks, _CHUNK))
@@ -512,7 +514,7 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
     peak, weight, square, first, last = items
     inside = (first >= bounds[:-1, None]) & (last < bounds[1:, None])
     peaks = torch.where(inside, peak, -math.inf)
-    top = torch.cat([peaks, torch.full_like(peaks[:, :1], -math.inf)], 1).amax(1)
+    top = peaks.amax(1)
     scale = (peaks - top.clamp(min=torch.finfo(dtype).min)[:, None]).clamp(min=smallest).exp()
     return torch.stack([top + (scale @ weight).log(), 2.0 * top + ((scale * scale) @ square).log()])
 
