@@ -32,7 +32,6 @@ from ctpo._arrays import (
     check_sequence_or_token,
     check_shape,
     has_readable_values,
-    only_where,
 )
 from ctpo.estimators import Coefficients, Estimator, Evaluation
 from ctpo.ratios import TimeShards, shard_totals, token_log_ratio
@@ -137,8 +136,7 @@ def evaluate(
     check_numeric(xp, advantages=advantages)
     if not check_sequence_or_token("advantages", advantages, tuple(logp.shape)):
         advantages = advantages[..., None].expand(logp.shape)
-    advantages = only_where(xp, mask, advantages.to(logp.dtype))
-    own = [logp, behavior_logp, advantages, *([] if mask is None else [mask.to(logp.dtype)])]
+    own = [logp, behavior_logp, advantages.to(logp.dtype), *([] if mask is None else [mask.to(logp.dtype)])]
     lengths = _lengths(logp, shards)
     whole_logp, whole_behavior, whole_advantages, *whole_mask = _whole(torch.stack(own), lengths, shards).unbind()
     whole = estimator.evaluate(
@@ -244,7 +242,7 @@ class Packing:
             raise ValueError(f"logp must have shape (N,) or (1, N) with cu_seqlens, a packed batch; got {packed}")
         if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int)):
             raise ValueError(f"max_seqlen must be an integer or None; got {max_seqlen!r}")
-        if max_seqlen is None or validate or (validate is None and _is_free(cu_seqlens)):
+        if max_seqlen is None or validate or (validate is None and has_readable_values(cu_seqlens)):
             max_seqlen = _read(cu_seqlens, packed[-1], max_seqlen)
         ends = cu_seqlens.to(device=logp.device, dtype=torch.int64)
         token = torch.arange(packed[-1], device=logp.device)
@@ -284,11 +282,6 @@ class Packing:
         """Values of tokens, of the padded shape, back in the packed one."""
         check_shape(self.padded, "the padded batch", x=x)
         return x[self.rows, self.columns].reshape(self.packed)
-
-
-def _is_free(cu_seqlens: torch.Tensor) -> bool:
-    """Whether reading the values costs nothing: concrete, in CPU memory."""
-    return not torch.compiler.is_compiling() and has_readable_values(cu_seqlens)
 
 
 def _read(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int | None) -> int:
