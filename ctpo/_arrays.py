@@ -68,7 +68,8 @@ def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **req
 def working_dtype(xp: Namespace, *arrays: Array) -> DType:
     """Widest floating dtype of the arrays, float32 at least; integer and boolean arrays do not count."""
     floating = [x.dtype for x in arrays if xp.isdtype(x.dtype, "real floating")]
-    return xp.result_type(*floating, xp.float32)
+    # Not result_type, which torch.compile cannot trace for half precision: only what is wider than float32 matters.
+    return max([xp.float32, *floating], key=lambda dtype: xp.finfo(dtype).bits)
 
 
 def default_float(xp: Namespace, x: Array) -> DType:
