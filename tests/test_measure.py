@@ -258,6 +258,11 @@ def test_a_window_that_no_token_leaves_is_none():
     assert engine(1.2, limited) == "dynamic programming"
     assert engine(0.76, limited) == "Monte Carlo"  # log 0.76 = -0.27
     assert engine(1.3, ctpo.Estimator("cumulative", form="unclipped")) == "Monte Carlo"  # limits of its own
+    # Weights that are no ratios.
+    assert engine(1.1, ctpo.Estimator("token", ctpo.RatioClip(0.9, 9.0), "reject")) == "dynamic programming"
+    assert engine(1.1, ctpo.Estimator("token", ctpo.RatioClip(0.9, 9.0), "cfpo")) == "Monte Carlo"
+    topr = ctpo.Estimator("sequence", form="topr", max_log_ratio=None, max_token_log_ratio=None)
+    assert engine(1.1, topr) == "Monte Carlo"
 
 
 # --- Monte Carlo ---

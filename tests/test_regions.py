@@ -108,8 +108,9 @@ def test_prefix_budget_by_hand():
     late = np.log(0.5 + np.array([0.0, 0.0, 0.0, 0.11]))
     assert rejected(region, late, b, np.array(1.0)).tolist() == [False, False, False, True]
     # Weights from 1 to 0.5: 0.11 of the last token counts as 0.055.
-    half = dataclasses.replace(region, last_weight=0.5)
+    half = dataclasses.replace(region, last_weight=0.5, threshold=0.056)
     assert not rejected(half, late, b, np.array(1.0)).any()
+    assert rejected(dataclasses.replace(half, threshold=0.054), late, b, np.array(1.0)).tolist()[3]
     # The 90 % quantile of .09, .05, .04, .03 is .078, moved into [.02, .04].
     wide = dataclasses.replace(region, adaptive=True)
     # Left: .1; .1 + .04 - .09 = .05; .1 + .08 - .14 = .04; .1 + .12 - .18 = .04. Rounding decides at equality.
