@@ -36,14 +36,14 @@ def actor(*overrides: str):
 
 
 def run(config, loss_mode=None):
-    """Loss and metrics of two rows through the registered function."""
+    """Loss and metrics of a few rows through the registered function, and what `policy_loss` gives."""
     generator = torch.Generator().manual_seed(1)
-    old = -torch.rand(2, 5, generator=generator)
+    old = -torch.rand(8, 5, generator=generator)
     batch = {
         "old_log_prob": old,
-        "log_prob": (old + 0.1 * torch.randn(2, 5, generator=generator)).requires_grad_(),
-        "advantages": torch.tensor([[1.0], [-1.0]]).expand(2, 5),
-        "response_mask": torch.ones(2, 5, dtype=torch.bool),
+        "log_prob": (old + 0.1 * torch.randn(8, 5, generator=generator)).requires_grad_(),
+        "advantages": torch.tensor([[1.0], [-1.0]] * 4).expand(8, 5),
+        "response_mask": torch.ones(8, 5, dtype=torch.bool),
     }
     function = core_algos.get_policy_loss_fn(loss_mode or config.policy_loss.get("loss_mode"))
     found, metrics = function(loss_agg_mode=config.loss_agg_mode, config=config, rollout_is_weights=None, **batch)
@@ -162,6 +162,18 @@ def test_every_option_of_every_loss_can_be_given_its_own_value():
         verl_plugin.CTPOPolicyLossConfig(loss_mode=name, **verl_plugin.options(estimator))
 
 
+@pytest.fixture
+def forgetful():
+    """What a test registers is forgotten after it."""
+    registries = verl_plugin.REGISTERED, core_algos.POLICY_LOSS_REGISTRY
+    before = [set(registry) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry) - names:
+            del registry[name]
+
+
+@pytest.mark.usefixtures("forgetful")
 def test_an_estimator_of_one_s_own():
     estimator = ctpo.Estimator("cumulative", ctpo.CalibratedClip(low=0.1, high=0.1, sigma=0.05, drift=0.0))
     verl_plugin.register("mine", estimator)
@@ -241,5 +253,6 @@ def test_check_says_why_a_plugin_cannot_be_imported(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_docstring_examples():
     assert doctest.testmod(verl_plugin).failed == 0
