@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-verl figures studies report bench check clean
+.PHONY: verify test test-verl figures studies report bench bench-verl check clean
 
 ## Check every claim, print the table, draw the figures (results/).
 verify: .venv/simulations.installed
@@ -34,6 +34,11 @@ report: .venv/simulations.installed
 ## Measure the speeds that the README states.
 bench: .venv/test.installed
 	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks.losses
+
+## The losses beside those of verl, in its environment.
+bench-verl: .venv-verl/installed
+	.venv-verl/bin/python -m benchmarks.losses
 
 ## Style, types, direction of imports: what a commit must pass besides the tests.
 check: .venv/dev.installed

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ctpo
 from simulations import report
 from simulations.claims import CLAIMS
 
@@ -28,13 +29,15 @@ def test_example_runs(name, capsys):
     if name == "numpy":
         assert "log rho after 1000 tokens" in printed
     elif name == "torch":
-        # The documented gradient: -weight * advantage * grad logp, averaged over the tokens.
-        logits, found, advantages = scope["logits"], scope["found"], scope["advantages"]
-        torch = scope["torch"]
+        # The documented gradient: -weight * advantage * grad logp, the mean over sequences of the mean over tokens.
+        logits, advantages, torch = scope["logits"], scope["advantages"], scope["torch"]
+        logp, behavior_logp = scope["logp"].detach(), scope["behavior_logp"]
+        weight = ctpo.get_estimator("ctpo").coefficients(logp, behavior_logp, advantages).weight
         scores = torch.nn.functional.one_hot(scope["tokens"], 11) - torch.softmax(logits.detach(), -1)
-        expected = -(found.weight * advantages[:, None])[..., None] * scores / scope["tokens"].numel()
+        expected = -(weight * advantages[:, None])[..., None] * scores / scope["tokens"].numel()
         assert torch.allclose(logits.grad, expected)
-        assert found.weight.count_nonzero() > 0
+        assert weight.count_nonzero() > 0
+        assert "clip/total" in printed
     else:
         assert "E rho_t" in printed or "Mean" in printed
 
