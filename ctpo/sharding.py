@@ -93,6 +93,7 @@ def evaluate(
     *,
     turn_ids: torch.Tensor | None = None,
     shards: TimeShards | None = None,
+    validate: bool | None = None,
 ) -> Evaluation:
     """`Estimator.evaluate` of this process's shard of the sequences, for every estimator.
 
@@ -113,6 +114,7 @@ def evaluate(
         mask: See there; None on all ranks or on none.
         turn_ids: See there. Turns may go on across shards.
         shards: Access to the other shards, `ProcessGroupShards`; None if the sequences are whole.
+        validate: As in `Estimator.evaluate`.
 
     Returns:
         `Evaluation` of this shard's tokens as if the sequences were whole. With shards `totals` is set, and
@@ -129,9 +131,11 @@ def evaluate(
         tensor([[1.2840, 1.2840]])
     """
     if shards is None or estimator.scans_time:
-        return estimator.evaluate(logp, behavior_logp, advantages, mask, turn_ids=turn_ids, shards=shards)
+        return estimator.evaluate(
+            logp, behavior_logp, advantages, mask, turn_ids=turn_ids, shards=shards, validate=validate
+        )
     xp, logp, tokens, behavior_logp = token_log_ratio(
-        logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages
+        logp, behavior_logp, mask, turn_ids=turn_ids, validate=validate, advantages=advantages
     )
     check_numeric(xp, advantages=advantages)
     if not check_sequence_or_token("advantages", advantages, tuple(logp.shape)):
@@ -145,6 +149,7 @@ def evaluate(
         whole_advantages,
         whole_mask[0] > 0 if whole_mask else None,
         turn_ids=None if turn_ids is None else _whole(turn_ids, lengths, shards),
+        validate=validate,
     )
     start, total = sum(lengths[: shards.rank]), sum(lengths)
 
@@ -174,7 +179,7 @@ def _whole(x: torch.Tensor, lengths: list[int], shards: TimeShards) -> torch.Ten
     return torch.cat([shard[..., :length] for shard, length in zip(gathered, lengths, strict=True)], dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
     """Where the tokens of a packed (padding-free) batch stand if every sequence is a row.
 
@@ -182,7 +187,8 @@ class Packing:
     as in variable-length attention: sequence i is the tokens from cu_seqlens[i] up to, not including,
     cu_seqlens[i+1]. Equal neighbors are a sequence without tokens; it stays a row, all padding, which enters no mean.
 
-    Build it with `Packing.of`.
+    Build it with `Packing.of`. A tensor of rows has S x max_seqlen numbers: little beside the N x vocabulary of logits
+    that log-probabilities come from.
 
     Attributes:
         rows: Row of every token, integers, shape (N,).

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ctpo import ESTIMATORS, Estimator, PositionClip
 from ctpo.losses import Aggregation, policy_loss
 from ctpo.ratios import LEVELS, SMALLEST_WINDOW
-from ctpo.sharding import ProcessGroupShards, evaluate
+from ctpo.sharding import Packing, ProcessGroupShards, evaluate
 
 TURN_LEVELS = ("turn", "turn_mean")
 # Where the 24 time steps are cut, by number of ranks: unevenly, where everything is compared, then with a rank that
@@ -173,6 +173,8 @@ def results(rank: int, size: int) -> dict[Any, Any]:
         evaluation = evaluate(estimator, *own[:-1], turn_ids=own.turn_ids, shards=shards)
         found[call] = evaluation, shards.exchanges, losses(own, estimator, dist.group.WORLD)
     found["groups"] = groups(rank, size)
+    if size == 2:
+        found["compiled"] = compiled()
     found["rows"] = refusal(lambda: evaluate(ESTIMATORS["lookahead"], *[torch.zeros(rank + 1, 3)] * 3, shards=shards))
     return found
 
@@ -183,9 +185,28 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     shards = ProcessGroupShards(parity[rank % 2])
     return {
         "outside": refusal(lambda: ProcessGroupShards(parity[1 - rank % 2])),
+        "no group": refusal(lambda: ProcessGroupShards("cp")),  # type: ignore[arg-type]
         "place": (shards.rank, shards.size),
         "members": shards.gather(torch.tensor(rank)).tolist(),
     }
+
+
+def compiled() -> list[torch.Tensor]:
+    """Weights of shards and of a packed batch, from one graph; a graph break is an error."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def weights(x: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shards = ProcessGroupShards(dist.group.WORLD)
+        sharded = evaluate(ESTIMATORS["ctpo"], x, x.flip(-1), torch.ones_like(x[:, 0]), shards=shards)
+        packing = Packing.of(offsets, x[0], max_seqlen=4)
+        rows = evaluate(ESTIMATORS["ctpo"], *map(packing.unpack, (x[0], x[1], x[2])), packing.unpack_mask(None))
+        return sharded.coefficients.weight, packing.repack(rows.coefficients.weight)
+
+    return list(weights(compiled_input(), torch.tensor([0, 4, 4, 6])))
+
+
+def compiled_input() -> torch.Tensor:
+    return torch.linspace(-1.0, -0.1, 18).reshape(3, 6)
 
 
 def refusal(call: Callable[[], object]) -> str:

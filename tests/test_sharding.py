@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from sharded_ranks import AGGREGATIONS, CUTS, calls, cases, estimators, losses, run
+from sharded_ranks import AGGREGATIONS, CUTS, calls, cases, compiled_input, estimators, losses, run
 from strategies import batches
 
 from ctpo import ESTIMATORS, Coefficients, Estimator, PositionClip
 from ctpo.estimators import Evaluation
 from ctpo.losses import policy_loss
 from ctpo.ratios import SCANNED_LEVELS
-from ctpo.sharding import Packing, ProcessGroupShards
+from ctpo.sharding import Packing, ProcessGroupShards, evaluate
 
 # Without processes: shards that take turns.
 
@@ -123,6 +123,40 @@ def test_time_cut_anywhere_changes_nothing(xp, batch, data, masked):
             np.testing.assert_array_equal(xp.numpy(piece.totals.log_ratio), total)
 
 
+WHOLE = {name: estimator for name, estimator in estimators().items() if not estimator.scans_time}
+
+
+@given(batch=batches().map(exact), data=st.data())
+def test_estimators_of_whole_sequences_cut_anywhere(batch, data):
+    rows, length = batch.mask.shape
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, length), min_size=1, max_size=3))), length]
+    for name in data.draw(st.lists(st.sampled_from(list(WHOLE)), min_size=1, max_size=4, unique=True)):
+        estimator = WHOLE[name]
+
+        def run(start=0, stop=length, shards=None, estimator=estimator):
+            fields = (batch.logp, batch.behavior_logp, batch.advantages, batch.mask, batch.turn_ids)
+            *fields, turn_ids = (torch.tensor(x[:, start:stop]) for x in fields)
+            turn_ids = turn_ids if estimator.level.startswith("turn") else None
+            return evaluate(estimator, *fields, turn_ids=turn_ids, shards=shards)
+
+        whole = run()
+        lengths = [stop - start for start, stop in itertools.pairwise(cuts)]
+        pieces, _ = in_turns(torch, len(lengths), lambda rank, shards: run(cuts[rank], cuts[rank + 1], shards))
+        for field in FIELDS:
+            parts = joined([part(piece, field).numpy() for piece in pieces], lengths, rows)
+            np.testing.assert_array_equal(
+                parts, joined([part(whole, field).numpy()], [length], rows), err_msg=f"{name} {field}"
+            )
+
+
+def test_the_core_refuses_shards_that_it_cannot_use():
+    x = torch.zeros(1, 3)
+    for name in ("lookahead", "level window", "level turn"):
+        turn_ids = torch.zeros(1, 3, dtype=torch.int64) if name == "level turn" else None
+        with pytest.raises(ValueError, match="shards must be None for an estimator that has to see whole sequences"):
+            WHOLE[name].evaluate(x, x, x, turn_ids=turn_ids, shards=Replayed(torch, 0, 1, []))
+
+
 # With processes.
 
 
@@ -186,6 +220,8 @@ def test_without_the_exchange_prefix_ratios_are_wrong():
 def test_a_subgroup_shares_sequences_and_a_rank_outside_is_refused(ranks):
     for rank, found in enumerate(ranks):
         assert found["groups"] == {
+            "no group": "process_group must be a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD "
+            "or mesh.get_group(...); got str",
             "outside": f"process_group must contain this process; got a group without rank {rank}",
             "place": (rank // 2, len(ranks) // 2),
             "members": list(range(rank % 2, len(ranks), 2)),
@@ -199,11 +235,27 @@ def test_ranks_with_different_sequences_are_refused_on_all(ranks):
         assert found["rows"].endswith(f"got {shapes}")
 
 
-def test_process_groups_that_are_none():
-    with pytest.raises(
-        ValueError, match=r"process_group needs an initialized torch.distributed .*; got str without it"
-    ):
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_compiled_without_a_graph_break(ranks):
+    """Both ranks hold the same rows: the second one's have all of the first one's before them."""
+    x, estimator = compiled_input(), ESTIMATORS["ctpo"]
+    whole = estimator.coefficients(x.repeat(1, 2), x.flip(-1).repeat(1, 2), torch.ones(3)).weight
+    rows = [estimator.coefficients(*x[:, piece]).weight for piece in (slice(0, 4), slice(4, 6))]
+    for rank, found in enumerate(ranks):
+        sharded, packed = found["compiled"]
+        torch.testing.assert_close(sharded, whole[:, 6 * rank : 6 * rank + 6])
+        torch.testing.assert_close(packed, torch.cat(rows))
+
+
+def test_process_groups_that_cannot_be():
+    message = r"process_group needs an initialized torch.distributed .*; got str without it"
+    with pytest.raises(ValueError, match=message):
         ProcessGroupShards("cp")  # type: ignore[arg-type]
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(x, x, x.sum(), process_group="cp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cu_seqlens must be None with process_group, .*; got both"):
+        policy_loss(x, x, x, cu_seqlens=torch.tensor([0, 3]), process_group="cp")  # type: ignore[arg-type]
 
 
 # Packed batches.
