@@ -40,7 +40,9 @@ region, rejected by it), ``actor/pg_clipfrac_lower`` (outside the dual bound), `
 those of `ctpo.policy_loss` as ``actor/ctpo/...``, "saturated" as a share; not the effective sample sizes by position,
 of which there are more in longer micro-batches. verl averages over micro-batches, each with the same weight.
 
-The levels "turn" and "turn_mean" are refused: verl does not tell a loss where turns begin.
+verl hands a loss one micro-batch of whole sequences, also under sequence parallelism. So a trust region that judges a
+batch ("m2po") judges micro-batches here, and the levels "turn" and "turn_mean" are refused: where turns begin is not
+told.
 """
 
 from __future__ import annotations
@@ -313,18 +315,19 @@ for _name, _estimator in ESTIMATORS.items() if __name__ != "__main__" else ():
 
 def _why_verl_has_not_loaded_the_plugin() -> str | None:
     """What keeps verl from finding this module, which it would not tell; None if it has."""
+    if "ctpo.verl_plugin" in sys.modules:
+        return None
     found = [entry for entry in entry_points(group="verl.plugins") if entry.value == "ctpo.verl_plugin"]
     if not found:
         return "verl sees no entry point of ctpo in this environment: install ctpo (again)"
     wanted = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if wanted != "auto" and found[0].name not in [name.strip() for name in wanted.split(",")]:
         return f"VERL_USE_EXTERNAL_PLUGINS={wanted} leaves out {found[0].name!r}: unset it or add the name"
-    if "ctpo.verl_plugin" not in sys.modules:
-        try:
-            found[0].load()
-        except Exception as error:
-            return f"the plug-in cannot be imported: {type(error).__name__}: {error}"
-    return None
+    try:
+        found[0].load()
+    except Exception as error:
+        return f"the plug-in cannot be imported: {type(error).__name__}: {error}"
+    return "verl has not loaded the plug-in, though it can be imported"
 
 
 def _trial(loss_mode: str) -> str | None:

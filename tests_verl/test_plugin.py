@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 import os
 import subprocess
 import sys
@@ -251,6 +252,36 @@ def test_check_says_why_a_plugin_cannot_be_imported(tmp_path):
     assert (
         "the plug-in cannot be imported: ValueError: loss_mode must be a name that verl does not have" in found.stderr
     )
+
+
+def test_check_says_that_a_version_is_not_tested(monkeypatch, capsys):
+    monkeypatch.setattr(verl, "__version__", "0.9.7")
+    assert verl_plugin.main() == 0
+    assert "verl 0.9.7 (not tested; 0.9.1 is): " in capsys.readouterr().out
+
+
+def test_check_tries_every_loss(monkeypatch, capsys):
+    def gives_nan(log_prob, **_):
+        return log_prob.sum() * math.nan, {}
+
+    def fails(**_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(core_algos.POLICY_LOSS_REGISTRY, "ctpo_mean", gives_nan)
+    monkeypatch.setitem(core_algos.POLICY_LOSS_REGISTRY, "ctpo_grpo", fails)
+    assert verl_plugin.main() == 1
+    error = capsys.readouterr().err
+    assert "BROKEN: loss_mode=ctpo_mean gives loss nan" in error
+    assert "BROKEN: loss_mode=ctpo_grpo fails: RuntimeError: no such operator" in error
+
+
+def test_check_sees_that_verl_calls_its_losses_in_another_way(monkeypatch, capsys):
+    def vanilla(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, weights):
+        pass
+
+    monkeypatch.setitem(core_algos.POLICY_LOSS_REGISTRY, "vanilla", vanilla)
+    assert verl_plugin.main() == 1
+    assert "BROKEN: this verl calls its losses with" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("forgetful")
