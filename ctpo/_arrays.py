@@ -118,14 +118,21 @@ def check_mask(xp: Namespace, mask: Array | None, shape: tuple[int, ...], like: 
 
 
 def check_finite(
-    xp: Namespace, name: str, x: Array, mask: Array | None, *, where: str, minus_infinity: bool = False
+    xp: Namespace,
+    name: str,
+    x: Array,
+    mask: Array | None,
+    *,
+    where: str,
+    minus_infinity: bool = False,
+    validate: bool | None = None,
 ) -> None:
     """Raise if an entry where `mask` is True is NaN or infinite (-inf may be allowed), naming the first.
 
-    Nothing is looked at unless that is free: on an accelerator or in a trace it would force a
+    `validate` says whether to look. None: only where that is free; on an accelerator or in a trace it would force a
     synchronization.
     """
-    if not has_readable_values(x) or 0 in x.shape:
+    if 0 in x.shape or not (has_readable_values(x) if validate is None else validate):
         return
     # Extremes propagate NaN and cost much less than a test of every entry, which only a failure needs.
     if float(xp.max(x)) < math.inf and (minus_infinity or float(xp.min(x)) > -math.inf):

@@ -267,6 +267,7 @@ class Estimator:
         *,
         turn_ids: Array | None = None,
         shards: TimeShards | None = None,
+        validate: bool | None = None,
     ) -> Evaluation:
         """`coefficients`, together with the ratios that they are made of.
 
@@ -278,6 +279,7 @@ class Estimator:
             turn_ids: See there.
             shards: Access to the rest of the sequences if their time axis is split over processes; only for an
                 estimator with `scans_time`.
+            validate: Whether to look at values: always, never, or (None) where that is free.
 
         Returns:
             `Evaluation`.
@@ -289,9 +291,9 @@ class Estimator:
         if shards is not None and not self.scans_time:
             raise ValueError(f"shards must be None for an estimator that has to see whole sequences; got it for {self}")
         xp, logp, tokens, behavior_logp = token_log_ratio(
-            logp, behavior_logp, mask, turn_ids=turn_ids, advantages=advantages
+            logp, behavior_logp, mask, turn_ids=turn_ids, validate=validate, advantages=advantages
         )
-        advantages = _advantages_by_token(xp, advantages, tokens, mask)
+        advantages = _advantages_by_token(xp, advantages, tokens, mask, validate)
         false = xp.zeros_like(tokens, dtype=xp.bool)
         limited, saturated, gated = self._limit_tokens(xp, tokens)
         totals = raw_totals = None
@@ -424,16 +426,19 @@ class Estimator:
         return power * log_ratio - rate * xp.expm1(log_ratio)
 
 
-def _advantages_by_token(xp: Namespace, advantages: Array, tokens: Array, mask: Array | None) -> Array:
+def _advantages_by_token(
+    xp: Namespace, advantages: Array, tokens: Array, mask: Array | None, validate: bool | None
+) -> Array:
     """Checked advantages in the dtype of `tokens`, of a shape that broadcasts against it, 0 where masked."""
     check_numeric(xp, advantages=advantages)
     by_token = check_sequence_or_token("advantages", advantages, tuple(tokens.shape))
     advantages = xp.astype(advantages, tokens.dtype, copy=False)
     if by_token:
         advantages = only_where(xp, mask, advantages)
-        check_finite(xp, "advantages", advantages, mask, where="at every policy token")
+        check_finite(xp, "advantages", advantages, mask, where="at every policy token", validate=validate)
         return advantages
     acting = None if mask is None else xp.any(mask, axis=-1)
     advantages = only_where(xp, acting, advantages)
-    check_finite(xp, "advantages", advantages, acting, where="in every sequence with a policy token")
+    where = "in every sequence with a policy token"
+    check_finite(xp, "advantages", advantages, acting, where=where, validate=validate)
     return advantages[..., None]

@@ -28,7 +28,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import array_api_compat.torch as xp
 import torch
 
-from ctpo._arrays import check_finite, check_numeric, check_sequence_or_token, one_of, only_where, real_number
+from ctpo._arrays import (
+    check_finite,
+    check_numeric,
+    check_sequence_or_token,
+    has_readable_values,
+    one_of,
+    only_where,
+    real_number,
+)
 from ctpo.estimators import Estimator, Evaluation
 from ctpo.ratios import at_level
 from ctpo.sharding import Packing, ProcessGroupShards, evaluate
@@ -136,7 +144,7 @@ def policy_loss(
             `ctpo.rollout_correction`. It does not count in denominators.
         turn_ids: Integers, shape (..., T), for the levels "turn" and "turn_mean" only.
         num_tokens: Policy tokens of the whole step, for "token-mean": a positive integer, or a tensor of shape (),
-            which is not read. None takes the batch at hand.
+            which is read only where that is free. None takes the batch at hand.
         num_sequences: Sequences of the whole step, for the other aggregations, likewise.
         data_parallel_size: Number of ranks that gradients are averaged over, those of `process_group` included.
         horizon: Constant length of "seq-mean-token-sum-norm", tokens; None takes T.
@@ -184,10 +192,10 @@ def policy_loss(
     _check_tensors(
         logp, behavior_logp=behavior_logp, advantages=advantages, mask=mask, weights=weights, turn_ids=turn_ids
     )
-    total = _check_totals(average, num_tokens, num_sequences, data_parallel_size)
-    horizon = _check_horizon(average, horizon, logp, process_group is not None, cu_seqlens is not None)
-    if validate not in (None, True, False):
+    if not (validate is None or isinstance(validate, bool)):
         raise ValueError(f"validate must be True, False or None; got {validate!r}")
+    total = _check_totals(average, num_tokens, num_sequences, data_parallel_size, validate)
+    horizon = _check_horizon(average, horizon, logp, process_group is not None, cu_seqlens is not None)
     if max_seqlen is not None and cu_seqlens is None:
         raise ValueError(f"max_seqlen must be None without cu_seqlens; got {max_seqlen!r}")
     if cu_seqlens is not None and process_group is not None:
@@ -201,13 +209,21 @@ def policy_loss(
             values, behavior_logp, mask, advantages, weights, turn_ids = _by_rows(
                 packing, values, behavior_logp, mask, advantages, weights, turn_ids
             )
-        found = evaluate(estimator, values, behavior_logp, advantages, mask, turn_ids=turn_ids, shards=shards)
+        # On an accelerator one look at the results says whether the inputs need another.
+        later = validate is True and not has_readable_values(values)
+        look = False if later else validate
+        batch = (values, behavior_logp, advantages, mask)
+        found = evaluate(estimator, *batch, turn_ids=turn_ids, shards=shards, validate=look)
         counts = _Counts.of(found, mask)
         share = _share(average, counts, total, data_parallel_size, horizon)
         value, factor = found.coefficients.value, found.advantages * -share
         if weights is not None:
-            weights = _checked_weights(weights, mask, counts, found.log_ratio)
+            weights = _checked_weights(weights, mask, counts, found.log_ratio, look)
             value, factor = value * weights, factor * weights
+        if later and not _all_finite(found.token_log_ratio, found.advantages, weights, share):
+            estimator.evaluate(*batch, turn_ids=turn_ids, validate=True)
+            if weights is not None:
+                check_finite(xp, "weights", weights, None, where="at every policy token", validate=True)
         loss = (value.sum(-1, keepdim=True) * -share).sum()
         metrics = _metrics(found, mask, counts, estimator, shards)
         if not logp.requires_grad:
@@ -257,7 +273,7 @@ def _check_tensors(logp: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 
 def _check_totals(
-    aggregation: str, num_tokens: Any, num_sequences: Any, data_parallel_size: object
+    aggregation: str, num_tokens: Any, num_sequences: Any, data_parallel_size: object, validate: bool | None
 ) -> int | torch.Tensor | None:
     """The total that the aggregation divides by, None for that of the batch at hand."""
     if isinstance(data_parallel_size, bool) or not isinstance(data_parallel_size, int) or data_parallel_size < 1:
@@ -270,6 +286,8 @@ def _check_totals(
                     f"{name} must be a positive integer, or a tensor of shape () and a real dtype; "
                     f"got shape {tuple(total.shape)}, {total.dtype}"
                 )
+            if validate is not False and has_readable_values(total) and not 0 < total < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {total.item()}")
         elif total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
             raise ValueError(f"{name} must be a positive integer, or a tensor of shape (); got {total!r}")
     needed = "num_tokens" if aggregation == "token-mean" else "num_sequences"
@@ -364,7 +382,11 @@ def _share(
 
 
 def _checked_weights(
-    weights: torch.Tensor, mask: torch.Tensor | None, counts: _Counts, like: torch.Tensor
+    weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    counts: _Counts,
+    like: torch.Tensor,
+    validate: bool | None,
 ) -> torch.Tensor:
     """Weights of a shape that broadcasts against (..., T), 0 where masked."""
     check_numeric(xp, weights=weights)
@@ -374,8 +396,13 @@ def _checked_weights(
         acting, where = counts.by_sequence > 0, "in every sequence with a policy token"
         weights = weights[..., None]
     weights = only_where(xp, acting, weights.to(like.dtype))
-    check_finite(xp, "weights", weights, acting, where=where)
+    check_finite(xp, "weights", weights, acting, where=where, validate=validate)
     return weights
+
+
+def _all_finite(*arrays: torch.Tensor | None) -> bool:
+    """Whether no entry is NaN or infinite, in one host synchronization; a sum that overflows counts as infinite."""
+    return bool(torch.stack([x.sum() for x in arrays if x is not None]).isfinite().all())
 
 
 def _metrics(

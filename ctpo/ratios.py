@@ -170,12 +170,13 @@ def token_log_ratio(
     mask: Array | None,
     *,
     turn_ids: Array | None = None,
+    validate: bool | None = None,
     **others: Array,
 ) -> TokenLogRatio:
     """Check the arrays that every estimate starts from, then subtract.
 
     `others` are named arrays that must come from the same library and take part in the choice of dtype; their
-    shapes are the caller's to check.
+    shapes are the caller's to check. `validate` is that of `check_finite`.
     """
     xp = namespace(logp=logp, behavior_logp=behavior_logp, mask=mask, turn_ids=turn_ids, **others)
     check_time_axis("logp", logp)
@@ -189,9 +190,9 @@ def token_log_ratio(
     dtype = working_dtype(xp, logp, behavior_logp, *others.values())
     logp = only_where(xp, mask, xp.astype(logp, dtype, copy=False))
     behavior_logp = only_where(xp, mask, xp.astype(behavior_logp, dtype, copy=False))
-    check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True)
+    check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True, validate=validate)
     sampled = "at every policy token, which the behavior policy has sampled"
-    check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled)
+    check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled, validate=validate)
     return TokenLogRatio(xp, logp, logp - behavior_logp, behavior_logp)
 
 
