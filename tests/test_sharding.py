@@ -313,6 +313,7 @@ def test_packed_is_padded(drawn, names, aggregation, options, extra):
         for name, x in batch.items()
     }
     if options["each"]:
+        options["two_dims"] |= sum(lengths) == len(lengths)  # else the shape of advantages would not tell, see below
         batch, rows = {**batch, **each}, {**rows, **each}
     for name in names:
         estimator = estimators()[name]
