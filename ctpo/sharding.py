@@ -27,12 +27,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from ctpo._arrays import (
-    check_numeric,
-    check_sequence_or_token,
-    check_shape,
-    has_readable_values,
-)
+from ctpo._arrays import check_numeric, check_sequence_or_token, check_shape, has_readable_values
 from ctpo.estimators import Coefficients, Estimator, Evaluation
 from ctpo.ratios import TimeShards, shard_totals, token_log_ratio
 
