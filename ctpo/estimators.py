@@ -341,7 +341,7 @@ class Estimator:
             scale = weight * advantages
             value = scale * xp.where(scale == 0, 0.0, logp)
         else:
-            if not self._is_bounded:
+            if not self.bounded:
                 factor = xp.where(advantages == 0, 0.0, factor)
             value = only_where(xp, mask, factor) * advantages
         # Combining with False makes separate arrays, also of flags that nothing has set.
@@ -356,7 +356,7 @@ class Estimator:
         return scanned and (self.region is None or self.region.scope == "token")
 
     @property
-    def _is_bounded(self) -> bool:
+    def bounded(self) -> bool:
         """Whether the limits keep every ratio, and its square, within the range of float32."""
         limit = self.max_token_log_ratio if self.level == "token" else self.max_log_ratio
         return limit is not None and limit < 40

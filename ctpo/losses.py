@@ -137,9 +137,10 @@ def policy_loss(
         advantages: One per sequence, shape (...,), or per token, (..., T).
         mask: bool, shape (..., T), True at policy tokens; None for all. What stands in any tensor at masked places (or,
             if it has one value per sequence, at those without policy tokens) never matters.
-        estimator: A name in `ctpo.ESTIMATORS`, or an `Estimator`.
-        aggregation: See the top of this module. None is "seq-mean-token-mean", but for the names "luspo" and "dr_grpo",
-            which are "gspo" and "grpo" with an aggregation of their own.
+        estimator: An `Estimator`, a name in `ctpo.ESTIMATORS`, or "luspo" or "dr_grpo", which are "gspo" and "grpo"
+            with an aggregation of their own.
+        aggregation: See the top of this module. None is "seq-mean-token-mean", but for those two names, which bring
+            theirs ("seq-mean-token-sum" and "seq-mean-token-sum-norm").
         weights: Extra factor u of value and coefficient, shape (...,) or (..., T), finite; see
             `ctpo.rollout_correction`. It does not count in denominators.
         turn_ids: Integers, shape (..., T), for the levels "turn" and "turn_mean" only.
@@ -187,8 +188,8 @@ def policy_loss(
     """
     average = _aggregation(estimator, aggregation)
     if not isinstance(estimator, Estimator):
-        one_of("estimator", estimator, ESTIMATORS)
-        estimator = ESTIMATORS[estimator]
+        one_of("estimator", estimator, (*ESTIMATORS, *_NAMED_FOR_AGGREGATION))
+        estimator = RECIPES[estimator].estimator
     _check_tensors(
         logp, behavior_logp=behavior_logp, advantages=advantages, mask=mask, weights=weights, turn_ids=turn_ids
     )
@@ -219,7 +220,7 @@ def policy_loss(
         value, factor = found.coefficients.value, found.advantages * -share
         if weights is not None:
             weights = _checked_weights(weights, mask, counts, found.log_ratio, look)
-            value, factor = value * weights, factor * weights
+            value, factor = torch.where(weights == 0, 0.0, value * weights), factor * weights
         if later and not _all_finite(found.token_log_ratio, found.advantages, weights, share):
             estimator.evaluate(*batch, turn_ids=turn_ids, validate=True)
             if weights is not None:
@@ -228,8 +229,9 @@ def policy_loss(
         metrics = _metrics(found, mask, counts, estimator, shards)
         if not logp.requires_grad:
             return PolicyLoss(loss, metrics)
-        # 0 times anything is 0 here, also times a weight that has overflowed.
-        gradient = torch.where(factor == 0, 0.0, found.coefficients.weight * factor)
+        gradient = found.coefficients.weight * factor
+        if not estimator.bounded:  # 0 times anything is 0 here, also times a ratio that has overflowed
+            gradient = torch.where(factor == 0, 0.0, gradient)
         gradient = gradient if packing is None else packing.repack(gradient)
     return PolicyLoss(_WithGradient.apply(logp, loss, gradient), metrics)
 
@@ -527,8 +529,9 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
         inner = bounds[1:-1].expand(len(x), -1).contiguous()
         index = torch.searchsorted(last, inner)  # of the chunk where a bucket begins
         found = index.clamp(max=chunks - 1)
-        cut = (index < chunks) & (first.gather(1, found) < inner)
-        cut[:, 1:] &= index[:, 1:] != index[:, :-1]  # once, if it has several edges
+        before = torch.nn.functional.pad(index[:, :-1], (1, 0), value=-1)
+        # Once, if it has several edges.
+        cut = (index < chunks) & (first.gather(1, found) < inner) & (index != before)
         taken = found[..., None].expand(-1, -1, _CHUNK)
         tokens.append(torch.where(cut[..., None], x.gather(1, taken), -math.inf).reshape(-1))
         places.append(t.gather(1, taken).reshape(-1))
