@@ -421,13 +421,14 @@ def _metrics(
     if estimator.level != "cumulative":
         log_rho = at_level(xp, found.token_log_ratio, mask, "cumulative", totals=totals)
     per_token = log_rho / found.position
+    zero = found.advantages == 0
     sums = {
         "low": _number(coefficients.clipped_low),
         "high": _number(coefficients.clipped_high),
         "dual": _number(coefficients.clipped_dual),
         "rejected": _number(coefficients.rejected),
         "saturated": _number(coefficients.saturated),
-        "zero": _number_of_zeros(found.advantages, mask, raw),
+        "zero": _number(zero.expand(raw.shape) if mask is None else zero & mask),
         "raw": raw.sum(),
         "raw^2": _dot(raw, raw),
         "applied": applied.sum(),
@@ -473,18 +474,10 @@ def _metrics(
 
 
 def _number(flag: torch.Tensor) -> torch.Tensor:
-    """Number of True entries; as bytes they add up fastest."""
-    return flag.view(torch.uint8).sum(dtype=torch.int32)
-
-
-def _number_of_zeros(advantages: torch.Tensor, mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Number of policy tokens with a zero advantage, of advantages per token or (..., 1)."""
-    zero = advantages == 0
-    if zero.shape == like.shape and mask is not None:
-        return _number(zero & mask)
-    if mask is None:
-        return _number(zero) * (like.shape[-1] if zero.shape != like.shape else 1)
-    return torch.where(zero, mask.view(torch.uint8).sum(-1, keepdim=True, dtype=torch.int32), 0).sum()
+    """Number of True entries."""
+    if torch.compiler.is_compiling():  # generated code vectorizes floats only
+        return flag.to(torch.float32).sum()
+    return flag.view(torch.uint8).sum(dtype=torch.int32)  # the fastest way to add them up
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
