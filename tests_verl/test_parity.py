@@ -147,14 +147,11 @@ def verl_terms(name: str, settings: ActorConfig, case: Case) -> float:
     return torch.autograd.grad(loss, weights)[0].abs().sum().item()
 
 
-def assert_same(found, expected, scale, dtype):
-    """Equal to rounding: the loss relative to the sum of its terms, the gradient element by element.
-
-    A gradient that is a difference of nearly equal numbers in verl, 1 - sigmoid, is rounded on the scale of those.
-    """
+def assert_same(found, expected, scale, dtype, rounding=8):
+    """Equal to rounding: the loss relative to the sum of its terms, the gradient element by element."""
     rtol = TOLERANCE[dtype]
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=rtol * scale + 1e-30)
-    torch.testing.assert_close(found[1], expected[1], rtol=rtol, atol=8 * torch.finfo(dtype).eps * scale + 1e-30)
+    torch.testing.assert_close(found[1], expected[1], rtol=rtol, atol=rounding * torch.finfo(dtype).eps * scale + 1e-30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -170,7 +167,8 @@ def test_loss_and_gradient_are_those_of_verl(name, dtype, data):
     expected = evaluate(peer.theirs, theirs, case, case.tensors())
     found = evaluate(peer.ours, ours, case, case.dirty())
     scale = verl_terms(peer.theirs, theirs, case)
-    assert_same(found, expected, scale, dtype)
+    # verl's gradient of a sigmoid s near 1 is r (1 - s), the difference rounded on the scale of 1, r as large as 40.
+    assert_same(found, expected, scale, dtype, rounding=256 if peer.theirs == "sapo" else 8)
 
 
 def large(dtype=torch.float64, *, spread=2.0, empty_rows=True, per_sequence=False, seed=7) -> Case:
