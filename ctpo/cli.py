@@ -189,6 +189,8 @@ def _expectation(estimator: Estimator) -> str:
     """Whether the gradient is unbiased, and for what."""
     if estimator.form == "reinforce":
         return "No correction: unbiased for samples of the policy in training only."
+    if estimator.form in ("topr", "vespo"):
+        return "Biased off-policy, in general: its weight is not the ratio, by design."
     biasing = [
         f"{name} ({_shown(value)})"
         for name, value in ((own.name, getattr(estimator, own.name)) for own in fields(estimator))

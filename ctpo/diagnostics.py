@@ -1194,7 +1194,9 @@ def _extreme_finding(
     values = np.where(table["n_sequences"] < _MIN_UNITS, np.nan, table.get(column, np.nan))
     signed = values if worst_is_high else -values
     if np.isnan(signed).all():
-        return Finding(name, False, math.nan, math.nan, f"{text} is undefined or rests on too few.")
+        return Finding(
+            name, False, math.nan, math.nan, f"{text} is undefined or rests on fewer than {_MIN_UNITS} sequences."
+        )
     over = np.flatnonzero(signed > (limit if worst_is_high else -limit))
     j = int(over[0]) if len(over) else int(np.nanargmax(signed))
     error = float(table[f"{column}_se"][j]) if f"{column}_se" in table else math.nan

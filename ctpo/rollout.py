@@ -132,11 +132,12 @@ def rollout_correction(
     and "sequence_mask" are level and mode, ``..._clip_min`` and ``..._clip_max`` are `low` and `high`. Where the engine
     reported NaN TRL uses ratio 1; give `proximal_logp` there as `behavior_logp`. verl 0.9: ``rollout_is`` is the level;
     ``rollout_is_threshold`` c is mode "truncate" with high c, "a_b" is mode "mask" with low a, high b; its batch
-    normalization is a division by "rollout/weight_mean". ``rollout_rs`` "token_k1", "seq_sum_k1" and "seq_mean_k1" are
-    mode "reject" at the levels "token", "sequence" and "sequence_mean", where its threshold "a_b" bounds the inverse
-    ratio: low 1/b, high 1/a. "token_k2" with threshold u is "token" with high exp(sqrt(2u)), low 1/high. verl takes
-    rejected tokens out of the loss's denominators as well: give `kept` as the loss's mask for that, with care where
-    single tokens are rejected, as they leave the prefixes of its ratio, too. verl cuts log-ratios to [-20, 20] before.
+    normalization is a division by "rollout/weight_mean" of all ranks. ``rollout_rs`` "token_k1", "seq_sum_k1" and
+    "seq_mean_k1" are mode "reject" at the levels "token", "sequence" and "sequence_mean", where its threshold "a_b"
+    bounds the inverse ratio: low 1/b, high 1/a. "token_k2" with threshold u is "token" with high exp(sqrt(2u)), low
+    1/high. verl takes rejected tokens out of the loss's denominators as well: give `kept` as the loss's mask for that,
+    with care where single tokens are rejected, as they leave the prefixes of its ratio, too. verl cuts log-ratios to
+    [-20, 20] before.
 
     Args:
         proximal_logp: Log-probabilities of the sampled tokens under the old policy as the trainer computes them, nats,
