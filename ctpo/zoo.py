@@ -194,7 +194,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             "|pi - b| within 0.15 and what the prefix has left of 0.02 to 0.04 per token, moving away",
             _TOKENS,
             "arXiv:2606.10968",
-            "divergence of the sampled token, as in UniRL; the paper has the 20 most likely ones. Threshold of its dense "
+            "divergence of the sampled token, as in UniRL; the paper has the 20 likeliest. Its threshold for dense "
             "models (0.2 for its mixture of experts), budget for base models",
         ),
         "m2po": Recipe(
