@@ -31,17 +31,21 @@ def _torch_is_tracing() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
+def is_tensor(x: object) -> bool:
+    """Whether `x` is torch's."""
+    torch = _torch()
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def is_array(x: object) -> bool:
     """Whether `x` is an array of NumPy, torch, JAX or another array API library."""
-    torch = _torch()
     # Tensors first: torch.compile warns of the caches on the general way.
-    return (torch is not None and isinstance(x, torch.Tensor)) or array_api_compat.is_array_api_obj(x)
+    return is_tensor(x) or array_api_compat.is_array_api_obj(x)
 
 
 def device(x: Array) -> Any:
     """Where the array is, to create others beside it."""
-    torch = _torch()
-    return x.device if torch is not None and isinstance(x, torch.Tensor) else array_api_compat.device(x)
+    return x.device if is_tensor(x) else array_api_compat.device(x)
 
 
 def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **required: Array) -> Namespace:
@@ -53,8 +57,7 @@ def namespace(*, mask: Array | None = None, turn_ids: Array | None = None, **req
             raise ValueError(
                 f"{name} must be an array of NumPy, torch, JAX or another array API library; got {type(x).__name__}"
             )
-    torch = _torch()
-    if torch is not None and all(isinstance(x, torch.Tensor) for x in given.values()):
+    if all(is_tensor(x) for x in given.values()):
         import array_api_compat.torch as torch_namespace
 
         return torch_namespace
@@ -183,8 +186,7 @@ def either(xp: Namespace, condition: Array, yes: float, no: float, like: Array) 
 
 def prefix_sum(xp: Namespace, x: Array) -> Array:
     """Sum of x[..., 0..t] for every t."""
-    torch = _torch()
-    if torch is not None and isinstance(x, torch.Tensor):
+    if is_tensor(x):
         return x.cumsum(-1)  # torch.compile warns of the caches on array_api_compat's way
     return xp.cumulative_sum(x, axis=-1)
 

@@ -24,6 +24,7 @@ from ctpo._arrays import (
     check_numeric,
     check_sequence_or_token,
     either,
+    has_readable_values,
     one_of,
     only_where,
     real_number,
@@ -111,7 +112,7 @@ class Evaluation(NamedTuple):
         token_log_ratio: d_t, nats, 0 where masked.
         log_ratio: At the estimator's level, before `max_log_ratio`, window and form; 0 where masked.
         applied_log_ratio: After them: the logarithm of the ratio in the surrogate's value, or of w in the forms "cfpo"
-            and "sapo", whose value has more of it. Anything where masked.
+            and "sapo", whose value has more of it; 0 where masked.
         advantages: As used, one per token or (..., 1).
         position: t, in the working dtype; at least 1 everywhere.
         totals: Those of `token_log_ratio`, which has no limit, over all time shards; None without any.
@@ -295,7 +296,9 @@ class Estimator:
         )
         advantages = _advantages_by_token(xp, advantages, tokens, mask, validate)
         false = xp.zeros_like(tokens, dtype=xp.bool)
-        limited, saturated, gated = self._limit_tokens(xp, tokens)
+        # What no token exceeds needs no flags, if that is free to know.
+        look = validate is not False and has_readable_values(tokens) and 0 not in tokens.shape
+        limited, saturated, gated = self._limit_tokens(xp, tokens, look)
         totals = raw_totals = None
         if shards is not None:
             totals, raw_totals = shard_totals(xp, mask, shards, limited, tokens)
@@ -307,9 +310,10 @@ class Estimator:
             low, high, _, moved = self._move_into_window(xp, limited, advantages, position)
             gated = gated | low | high
             applied = at_level(xp, only_where(xp, mask, moved), mask, self.level, turn_ids=turn_ids)
-        if self.max_log_ratio is not None and self.level != "token":
-            beyond = applied > self.max_log_ratio
-            applied = xp.clip(applied, max=self.max_log_ratio)
+        limit = None if self.level == "token" else self.max_log_ratio
+        if limit is not None and not (look and float(xp.max(applied)) <= limit):
+            beyond = applied > limit
+            applied = xp.clip(applied, max=limit)
             gated, saturated = gated | beyond, saturated | beyond
         if self.form == "reinforce":
             applied, gated, saturated = xp.zeros_like(tokens), false, false
@@ -320,7 +324,8 @@ class Estimator:
             if self.form in ("ppo", "reject"):
                 gated = gated | low | high | dual
             if self.form != "reject":
-                applied = moved
+                # 0 lies in every window that has not drifted away.
+                applied = only_where(xp, mask, moved) if self._drifts else moved
         if self.form in ("cfpo", "sapo"):
             weight, factor, low, high = self._smooth(xp, applied, advantages, behavior_logp, position)
         else:
@@ -333,7 +338,8 @@ class Estimator:
         if self.form == "reject":
             factor = xp.where(low | high, 0.0, factor)
         if self.region is not None and 0 not in tokens.shape:
-            rejected = self.region.rejects(xp, Moves(logp, behavior_logp, tokens, advantages, mask, position))
+            policies = (only_where(xp, mask, logp), only_where(xp, mask, behavior_logp))
+            rejected = self.region.rejects(xp, Moves(*policies, tokens, advantages, mask, position))
             gated, factor = gated | rejected, xp.where(rejected, 0.0, factor)
         weight = xp.where(gated if mask is None else gated | ~mask, 0.0, weight)
         # 0 times anything is 0 here, also times a ratio that has overflowed and times log 0.
@@ -356,15 +362,21 @@ class Estimator:
         return scanned and (self.region is None or self.region.scope == "token")
 
     @property
+    def _drifts(self) -> bool:
+        return getattr(self.clip, "drift", 0.0) != 0
+
+    @property
     def bounded(self) -> bool:
         """Whether the limits keep every ratio, and its square, within the range of float32."""
         limit = self.max_token_log_ratio if self.level == "token" else self.max_log_ratio
         return limit is not None and limit < 40
 
-    def _limit_tokens(self, xp: Namespace, tokens: Array) -> tuple[Array, Array, Array]:
+    def _limit_tokens(self, xp: Namespace, tokens: Array, look: bool) -> tuple[Array, Array, Array]:
         """Token log-ratios within `max_token_log_ratio`, where it acted, and where it takes the weight away."""
         limit, none = self.max_token_log_ratio, xp.zeros_like(tokens, dtype=xp.bool)
         if limit is None or self.level not in ("token", *_PREFIX_LEVELS):
+            return tokens, none, none
+        if look and float(xp.max(tokens)) <= limit and float(xp.min(tokens)) >= -limit:
             return tokens, none, none
         acted = abs(tokens) > limit
         return xp.clip(tokens, min=-limit, max=limit), acted, acted if self.level == "token" else none
@@ -387,7 +399,8 @@ class Estimator:
         low, high = log_ratio < lower, log_ratio > upper
         dual = xp.zeros_like(low)
         if scales.dual is not None:
-            high, dual = high & positive, high & negative
+            dual = high & negative
+            high = high ^ dual  # the upper bound of A = 0 is inf
         return low, high, dual, xp.clip(log_ratio, min=lower, max=upper)
 
     def _smooth(
@@ -437,7 +450,10 @@ def _advantages_by_token(
         advantages = only_where(xp, mask, advantages)
         check_finite(xp, "advantages", advantages, mask, where="at every policy token", validate=validate)
         return advantages
-    acting = None if mask is None else xp.any(mask, axis=-1)
+    # Bytes, whose maximum is found faster than whether any is True.
+    acting = mask
+    if mask is not None:
+        acting = xp.max(xp.astype(mask, xp.uint8), axis=-1) > 0 if mask.shape[-1] else xp.any(mask, axis=-1)
     advantages = only_where(xp, acting, advantages)
     where = "in every sequence with a policy token"
     check_finite(xp, "advantages", advantages, acting, where=where, validate=validate)

@@ -358,7 +358,7 @@ class _Counts(NamedTuple):
         elif mask is None:
             counts = like.new_full((*like.shape[:-1], 1), like.shape[-1])
         else:
-            counts = mask.sum(-1, keepdim=True).to(like.dtype)
+            counts = _number(mask, -1).to(like.dtype)
         return cls(counts, counts.sum(), (counts > 0).to(like.dtype).sum())
 
 
@@ -416,19 +416,23 @@ def _metrics(
 ) -> dict[str, torch.Tensor]:
     """The metrics of `policy_loss`: sums over this process's tokens first, brought together, then made means."""
     coefficients, totals, raw = found.coefficients, found.totals, found.log_ratio
-    applied = only_where(xp, mask, found.applied_log_ratio)
+    applied = found.applied_log_ratio
     log_rho = raw
     if estimator.level != "cumulative":
         log_rho = at_level(xp, found.token_log_ratio, mask, "cumulative", totals=totals)
     per_token = log_rho / found.position
     zero = found.advantages == 0
+    if zero.shape == raw.shape or shards is not None:
+        zeros = _number(zero.expand(raw.shape) if mask is None else zero & mask)
+    else:
+        zeros = torch.where(zero, counts.by_sequence, 0.0).sum()
     sums = {
         "low": _number(coefficients.clipped_low),
         "high": _number(coefficients.clipped_high),
         "dual": _number(coefficients.clipped_dual),
         "rejected": _number(coefficients.rejected),
         "saturated": _number(coefficients.saturated),
-        "zero": _number(zero.expand(raw.shape) if mask is None else zero & mask),
+        "zero": zeros,
         "raw": raw.sum(),
         "raw^2": _dot(raw, raw),
         "applied": applied.sum(),
@@ -473,11 +477,11 @@ def _metrics(
     }
 
 
-def _number(flag: torch.Tensor) -> torch.Tensor:
-    """Number of True entries."""
+def _number(flag: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Number of True entries, of all or (the dimension is kept) along one."""
     if torch.compiler.is_compiling():  # generated code vectorizes floats only
-        return flag.to(torch.float32).sum()
-    return flag.view(torch.uint8).sum(dtype=torch.int32)  # the fastest way to add them up
+        return flag.to(torch.float32).sum(dim, keepdim=dim is not None)
+    return flag.view(torch.uint8).sum(dim, keepdim=dim is not None, dtype=torch.int32)  # the fastest way otherwise
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,8 @@ from ctpo._arrays import (
     check_shape,
     delay,
     device,
+    has_readable_values,
+    is_tensor,
     namespace,
     one_of,
     only_where,
@@ -156,12 +158,12 @@ def log_ratio(
 
 
 class TokenLogRatio(NamedTuple):
-    """Checked inputs in the working dtype, 0 where masked."""
+    """Checked inputs in the working dtype."""
 
     xp: Namespace
-    logp: Array
-    log_ratio: Array
-    behavior_logp: Array
+    logp: Array  # anything where masked
+    log_ratio: Array  # 0 where masked
+    behavior_logp: Array  # anything where masked
 
 
 def token_log_ratio(
@@ -188,8 +190,13 @@ def token_log_ratio(
     if turn_ids is not None and not xp.isdtype(turn_ids.dtype, "integral"):
         raise ValueError(f"turn_ids must have an integer dtype; got {turn_ids.dtype}")
     dtype = working_dtype(xp, logp, behavior_logp, *others.values())
-    logp = only_where(xp, mask, xp.astype(logp, dtype, copy=False))
-    behavior_logp = only_where(xp, mask, xp.astype(behavior_logp, dtype, copy=False))
+    logp, behavior_logp = xp.astype(logp, dtype, copy=False), xp.astype(behavior_logp, dtype, copy=False)
+    if is_tensor(logp):  # NumPy would warn of inf - inf at masked places
+        tokens = only_where(xp, mask, logp - behavior_logp)
+        look = has_readable_values(tokens) if validate is None else validate
+        if not look or math.isfinite(float(xp.sum(tokens))):  # which no sum is with a NaN or an infinity in it
+            return TokenLogRatio(xp, logp, tokens, behavior_logp)
+    logp, behavior_logp = only_where(xp, mask, logp), only_where(xp, mask, behavior_logp)
     check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True, validate=validate)
     sampled = "at every policy token, which the behavior policy has sampled"
     check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled, validate=validate)
