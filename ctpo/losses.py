@@ -22,7 +22,6 @@ N counts policy tokens, H_i those of sequence i, S the sequences that have any.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import array_api_compat.torch as xp
@@ -426,52 +425,58 @@ def _metrics(
         zeros = _number(zero.expand(raw.shape) if mask is None else zero & mask)
     else:
         zeros = torch.where(zero, counts.by_sequence, 0.0).sum()
-    sums = {
-        "low": _number(coefficients.clipped_low),
-        "high": _number(coefficients.clipped_high),
-        "dual": _number(coefficients.clipped_dual),
-        "rejected": _number(coefficients.rejected),
-        "saturated": _number(coefficients.saturated),
-        "zero": zeros,
+    flags = {
+        "low": coefficients.clipped_low,
+        "high": coefficients.clipped_high,
+        "dual": coefficients.clipped_dual,
+        "rejected": coefficients.rejected,
+        "saturated": coefficients.saturated,
+    }
+    numbers = torch.stack([_number(flag) for flag in flags.values()]).to(raw.dtype)
+    terms = {
         "raw": raw.sum(),
-        "raw^2": _dot(raw, raw),
         "applied": applied.sum(),
+        "raw^2": _dot(raw, raw),
         "applied^2": _dot(applied, applied),
         "log_rho": log_rho.sum(),
         "log_rho/t": per_token.sum(),
         "log_rho^2/t": _dot(per_token, log_rho),
+        "zeros": zeros.to(raw.dtype),
     }
+    sums = torch.cat([numbers, torch.stack(list(terms.values()))])
     # Shards may differ in length: all ranks send as many buckets as there can be.
     edges = _EDGES if shards is not None else [edge for edge in _EDGES if edge <= max(raw.shape[-1], 1)]
-    log_weights = only_where(xp, mask, raw, -math.inf)
-    sums, log_sums = _joined(sums, _log_sums(log_weights, found.position, edges), shards)
-    # Position and length tell how many tokens of a sequence lie in a bucket.
-    reach = torch.stack([counts.by_sequence.clamp(max=edge - 1.0).sum() for edge in edges[1:]] + [counts.tokens])
-    ess = _effective(log_sums[0], log_sums[1], reach.diff(prepend=reach.new_zeros(1)))
+    bounds = torch.tensor([*edges, math.inf], dtype=raw.dtype, device=raw.device)
+    log_sums = _log_sums(only_where(xp, mask, raw, -math.inf), found.position, bounds)
+    sums, log_sums = _joined(sums, log_sums, shards)
     n = counts.tokens.clamp(min=1.0)
-    means = {name: total / n for name, total in sums.items()}
-    mean_position = (counts.by_sequence * (counts.by_sequence + 1.0)).sum() / (2.0 * n)
+    mean = dict(zip([*flags, *terms], (sums / n).unbind(), strict=True))
+    spread = _spread(sums[7:9] / n - (sums[5:7] / n) ** 2).sqrt()
+    drift, length = mean["log_rho/t"], counts.by_sequence.reshape(-1, 1)
+    mean_position = (length * (length + 1.0)).sum() / (2.0 * n)
+    variance = mean["log_rho^2/t"] - 2.0 * drift * mean["log_rho"] + drift * drift * mean_position
     log_rho_end = found.token_log_ratio.sum(-1, keepdim=True) if totals is None else totals.log_ratio
-    log_rho_end = torch.where(counts.by_sequence > 0, log_rho_end, -math.inf).reshape(-1)
-    drift = means["log_rho/t"]
+    log_rho_end = torch.where(length > 0, log_rho_end.reshape(-1, 1), -math.inf)
+    of_sequences = torch.cat([log_rho_end, 2.0 * log_rho_end], 1).logsumexp(0)
+    # Position and length tell how many tokens of a sequence lie in a bucket.
+    inside = torch.minimum(length, bounds - 1.0).sum(0).diff()
+    ess = _effective(torch.cat([of_sequences[:, None], log_sums], 1), torch.cat([counts.sequences.reshape(1), inside]))
+    names = ["ess/sequence", *(f"ess/position_{edge}" for edge in edges)]
     return {
-        "clip/low": means["low"],
-        "clip/high": means["high"],
-        "clip/dual": means["dual"],
-        "clip/total": means["low"] + means["high"] + means["dual"],
-        "clip/rejected": means["rejected"],
-        "log_ratio/mean": means["raw"],
-        "log_ratio/std": _spread(means["raw^2"] - means["raw"] ** 2).sqrt(),
-        "log_ratio/applied_mean": means["applied"],
-        "log_ratio/applied_std": _spread(means["applied^2"] - means["applied"] ** 2).sqrt(),
+        "clip/low": mean["low"],
+        "clip/high": mean["high"],
+        "clip/dual": mean["dual"],
+        "clip/total": mean["low"] + mean["high"] + mean["dual"],
+        "clip/rejected": mean["rejected"],
+        "log_ratio/mean": mean["raw"],
+        "log_ratio/std": spread[0],
+        "log_ratio/applied_mean": mean["applied"],
+        "log_ratio/applied_std": spread[1],
         "log_rho/mean_per_token": drift,
-        "log_rho/var_per_token": _spread(
-            means["log_rho^2/t"] - 2.0 * drift * means["log_rho"] + drift * drift * mean_position
-        ),
-        "ess/sequence": _effective(log_rho_end.logsumexp(0), (2.0 * log_rho_end).logsumexp(0), counts.sequences),
-        **{f"ess/position_{edge}": value for edge, value in zip(edges, ess, strict=True)},
-        "saturated": sums["saturated"],
-        "advantage/zero": means["zero"],
+        "log_rho/var_per_token": _spread(variance),
+        **dict(zip(names, ess.unbind(), strict=True)),
+        "saturated": sums[4],
+        "advantage/zero": mean["zeros"],
         "tokens": counts.tokens,
         "sequences": counts.sequences,
     }
@@ -493,8 +498,8 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 _CHUNK = 32
 
 
-def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:
-    """Log sum w and log sum w^2 of the tokens from each edge up to the next, shape (2, len(edges)).
+def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Log sum w and log sum w^2 of the tokens from each bound up to the next, shape (2, len(bounds) - 1).
 
     Positions never fall along a row, so most chunks of a row lie in one bucket and are summed up first; only chunks
     with an edge inside are taken apart. All sums are relative to the largest weight of chunk and bucket, and what is
@@ -503,14 +508,13 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
     Args:
         log_weights: Shape (..., T), -inf where masked.
         position: Shape (..., T) or (T,), at least 1.
-        edges: Increasing, from 1 on.
+        bounds: Increasing, from 1 on; the last is inf.
     """
     length, dtype = log_weights.shape[-1], log_weights.dtype
     rows = math.prod(log_weights.shape[:-1])
     position = position.expand(log_weights.shape).reshape(rows, length)
     log_weights = log_weights.reshape(rows, length)
     smallest = math.log(torch.finfo(dtype).tiny) / 2.2
-    bounds = torch.tensor([*edges, math.inf], dtype=dtype, device=log_weights.device)
     chunks = length // _CHUNK
     whole, rest = chunks * _CHUNK, slice(chunks * _CHUNK, None)
     # Items: log of the largest weight, sums relative to it, and the positions from first to last.
@@ -543,25 +547,23 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, edges: Sequence
     peaks = torch.where(inside, peak, -math.inf)
     top = peaks.amax(1)
     scale = (peaks - top.clamp(min=torch.finfo(dtype).min)[:, None]).clamp(min=smallest).exp()
-    return torch.stack([top + (scale @ weight).log(), 2.0 * top + ((scale * scale) @ square).log()])
+    return torch.stack([top + (scale * weight).sum(1).log(), 2.0 * top + (scale * scale * square).sum(1).log()])
 
 
 def _joined(
-    sums: dict[str, torch.Tensor], log_sums: torch.Tensor, shards: ProcessGroupShards | None
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    sums: torch.Tensor, log_sums: torch.Tensor, shards: ProcessGroupShards | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over all shards: one exchange."""
-    totals = torch.stack([x.to(log_sums.dtype) for x in sums.values()])
-    if shards is not None:
-        parts = shards.gather(torch.cat([totals, log_sums.reshape(-1)]))
-        totals = parts[:, : len(sums)].sum(0)
-        log_sums = parts[:, len(sums) :].unflatten(1, log_sums.shape).logsumexp(0)
-    return dict(zip(sums, totals, strict=True)), log_sums
+    if shards is None:
+        return sums, log_sums
+    parts = shards.gather(torch.cat([sums, log_sums.reshape(-1)]))
+    return parts[:, : len(sums)].sum(0), parts[:, len(sums) :].unflatten(1, log_sums.shape).logsumexp(0)
 
 
-def _effective(log_sum: torch.Tensor, log_sum_of_squares: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+def _effective(log_sums: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """(sum w)^2 / sum w^2 as a fraction of the number of weights; 0 of none, and if all are 0."""
-    fraction = torch.exp(2.0 * log_sum - log_sum_of_squares) / number.clamp(min=1.0)
-    return torch.where(log_sum == -math.inf, 0.0, fraction)
+    fraction = torch.exp(2.0 * log_sums[0] - log_sums[1]) / number.clamp(min=1.0)
+    return torch.where(log_sums[0] == -math.inf, 0.0, fraction)
 
 
 def _spread(variance: torch.Tensor) -> torch.Tensor:

@@ -341,6 +341,17 @@ def test_half_precision_is_computed_in_float32(dtype, batch):
         assert torch.equal(value, wide_metrics[name])
 
 
+def test_autocast_does_not_matter():
+    for dtype in (torch.float32, torch.bfloat16):
+        values = [x if x.dtype == torch.bool else x.to(dtype) for x in ordinary(22, (4, 100))]
+        plain = run(*values)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(*values)
+        assert torch.equal(found[0], plain[0])
+        assert torch.equal(found[1], plain[1])
+        assert found[2] == plain[2]
+
+
 def test_no_less_accurate_in_half_precision_than_autograd():
     """float64 as truth, the usual loss in bfloat16, ours: from the same bfloat16 log-probabilities."""
     logp, behavior_logp, advantages, mask = ordinary(12, (8, 512), spread=0.05)
