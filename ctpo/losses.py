@@ -494,7 +494,7 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.dot(x.reshape(-1), y.reshape(-1))
 
 
-# Tokens that are summed up before anything else is done with them.
+# Tokens that are summed up before anything else is done with them; fewer than lie between any two later edges.
 _CHUNK = 32
 
 
@@ -530,9 +530,7 @@ def _log_sums(log_weights: torch.Tensor, position: torch.Tensor, bounds: torch.T
         inner = bounds[1:-1].expand(len(x), -1).contiguous()
         index = torch.searchsorted(last, inner)  # of the chunk where a bucket begins
         found = index.clamp(max=chunks - 1)
-        before = torch.nn.functional.pad(index[:, :-1], (1, 0), value=-1)
-        # Once, if it has several edges.
-        cut = (index < chunks) & (first.gather(1, found) < inner) & (index != before)
+        cut = (index < chunks) & (first.gather(1, found) < inner)
         taken = found[..., None].expand(-1, -1, _CHUNK)
         tokens.append(torch.where(cut[..., None], x.gather(1, taken), -math.inf).reshape(-1))
         places.append(t.gather(1, taken).reshape(-1))

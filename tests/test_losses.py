@@ -427,8 +427,12 @@ def by_loops(estimator: Estimator, batch: Batch) -> dict[str, float]:
     return oracle_losses.metrics(raw, moved, rho, batch.advantages.tolist(), flags, batch.mask.tolist())
 
 
-def check_metrics(estimator: Estimator, batch: Batch) -> None:
-    _, _, metrics = run(**tensors(batch), estimator=estimator)
+def check_metrics(estimator: Estimator, batch: Batch, *, by_sequence: bool = False) -> None:
+    values = tensors(batch)
+    if by_sequence:
+        batch = dataclasses.replace(batch, advantages=np.broadcast_to(batch.advantages[:, :1], batch.mask.shape))
+        values["advantages"] = values["advantages"][:, 0]
+    _, _, metrics = run(**values, estimator=estimator)
     wanted = by_loops(estimator, batch)
     assert metrics.keys() == wanted.keys()
     for name, value in metrics.items():
@@ -471,6 +475,25 @@ def test_metrics_of_long_sequences_equal_loops(length, spread, share):
         del values["mask"]
         for key, value in run(**values)[2].items():
             torch.testing.assert_close(value, metrics[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("name", METRIC_ESTIMATORS)
+def test_metrics_with_advantages_by_sequence(name):
+    """Masked places then have an advantage, which must not move what stands there into a window."""
+    logp, behavior_logp, advantages, mask = (x.numpy() for x in ordinary(23, (6, 40)))
+    advantages = np.repeat(np.where([True, True, False, True, True, True], advantages, 0.0)[:, None], 40, axis=1)
+    check_metrics(METRIC_ESTIMATORS[name], Batch(logp, behavior_logp, advantages, mask, mask), by_sequence=True)
+
+
+@pytest.mark.parametrize("before", [0, 14, 15, 16])
+def test_a_bucket_begins_where_a_chunk_does(before):
+    """The first 32 places have that many policy tokens, the rest is all policy tokens."""
+    rng = np.random.default_rng(24)
+    mask = np.arange(100) >= 32
+    mask[:before] = True
+    behavior_logp = -rng.exponential(1.0, (1, 100))
+    logp = behavior_logp + rng.standard_normal((1, 100))
+    check_metrics(METRIC_ESTIMATORS["grpo"], Batch(logp, behavior_logp, np.ones((1, 100)), mask[None], mask[None]))
 
 
 def test_drift_and_variance_of_a_random_walk():
