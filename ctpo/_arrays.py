@@ -181,7 +181,8 @@ def only_where(xp: Namespace, mask: Array | None, x: Array, fill: float = 0.0) -
 
 def either(xp: Namespace, condition: Array, yes: float, no: float, like: Array) -> Array:
     """One number or the other, in the dtype and on the device of `like`; two plain numbers would have neither."""
-    return xp.where(condition, xp.asarray(yes, dtype=like.dtype, device=device(like)), no)
+    # Filled in, not copied from the host: a copy to an accelerator waits for it.
+    return xp.where(condition, xp.full((), yes, dtype=like.dtype, device=device(like)), no)
 
 
 def prefix_sum(xp: Namespace, x: Array) -> Array:

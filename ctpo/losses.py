@@ -22,6 +22,7 @@ N counts policy tokens, H_i those of sequence i, S the sequences that have any.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import array_api_compat.torch as xp
@@ -39,7 +40,7 @@ from ctpo._arrays import (
 from ctpo.estimators import Estimator, Evaluation
 from ctpo.ratios import at_level
 from ctpo.sharding import Packing, ProcessGroupShards, evaluate
-from ctpo.zoo import ESTIMATORS, RECIPES
+from ctpo.zoo import RECIPES, named
 
 __all__ = ["Aggregation", "PolicyLoss", "policy_loss"]
 
@@ -91,8 +92,9 @@ def policy_loss(
               \frac{\partial\,\mathrm{loss}}{\partial\log\pi(a_{i,t}|s_{i,t})} = -s_i\, u_{i,t}\, c_{i,t} A_{i,t}.
 
     The gradient is written down, not derived: no differentiation goes through an exponential, a prefix sum or a
-    clamp. It is exactly 0 at masked places and where the estimator drops a token. Computed in the widest dtype of the
-    inputs, float32 at least; returned to `logp` in its own dtype. Second derivatives are 0: coefficients are constant.
+    clamp. It is exactly 0 at masked places and where the estimator drops a token. Computed in the widest dtype of
+    log-probabilities and advantages, float32 at least; returned to `logp` in its own dtype. In reverse mode only, and
+    with constant coefficients: there is no second derivative through the loss.
 
     **Micro-batches and data parallelism.** `num_tokens` and `num_sequences` are the totals of the whole optimizer step,
     over micro-batches and ranks; the one that the aggregation divides by must be given, the other may be. Then the sum
@@ -108,26 +110,28 @@ def policy_loss(
     clip/low, clip/high, clip/dual  shares of policy tokens at which the lower, upper, dual bound acted
     clip/total                      their sum: no token has two
     clip/rejected                   share of policy tokens that the trust region took away
-    log_ratio/mean, /std            over policy tokens, of the log-ratio at the estimator's level, before
-                                    `max_log_ratio`, window and form; nats
+    log_ratio/mean, /std            over policy tokens, of the log-ratio at the estimator's level, with
+                                    `max_token_log_ratio` but before `max_log_ratio`, window and form; nats
     log_ratio/applied_mean, /..std  the same of the logarithm of the ratio in the surrogate's value
     log_rho/mean_per_token          m = mean of log rho_t / t over policy tokens; nats
     log_rho/var_per_token           mean of (log rho_t - m t)^2 / t over policy tokens. rho_t is the cumulative ratio
                                     whatever the estimator's level. For two fixed policies close to each other m is
                                     -1/2 of it; a mean that is more negative points to other differences than a step of
-                                    the policy, such as a sampler whose log-probabilities are not the trainer's
+                                    the policy, such as a sampler whose log-probabilities are not the trainer's. At the
+                                    level "cumulative" with the estimator's `max_token_log_ratio`, else without limit
     ess/sequence                    effective sample size (sum w)^2 / sum w^2 of rho_H as a fraction of the sequences
-    ess/position_1, _16, _64, ...   the same of the weights w at the estimator's level, before limits and window, over
-                                    the policy tokens from that position up to the next in the list, 4 times as far.
-                                    There is one for every such position up to T. 0, which no weights have, stands for
-                                    no tokens, and for weights that are all 0
+    ess/position_1, _16, _64, ...   the same of the weights w of log_ratio/mean, over the policy tokens from that
+                                    position up to the next in the list, 4 times as far. There is one for every such
+                                    position up to T. 0, which no weights have, stands for no tokens, and for weights
+                                    that are all 0
     saturated                       number of policy tokens at which a numerical limit acted
     advantage/zero                  share of policy tokens with A = 0
     tokens, sequences               numbers of policy tokens, and of sequences with any
     =============================== ===================================================================================
 
     They are of the batch at hand (of whole sequences with `process_group`); every share and mean is 0 without policy
-    tokens. A ratio of 0 (`logp` of -inf) makes a mean -inf and its spread inf.
+    tokens. A ratio of 0 (`logp` of -inf) makes a mean -inf and its spread inf. In float32 a spread below some 1/3000 of
+    its mean (for log rho: of its drift, times the root of the length) is lost in rounding.
 
     Args:
         logp: Log-probabilities of the sampled tokens under the policy being trained, nats, shape (..., T); the only
@@ -140,11 +144,11 @@ def policy_loss(
             with an aggregation of their own.
         aggregation: See the top of this module. None is "seq-mean-token-mean", but for those two names, which bring
             theirs ("seq-mean-token-sum" and "seq-mean-token-sum-norm").
-        weights: Extra factor u of value and coefficient, shape (...,) or (..., T), finite; see
+        weights: Extra factor u of value and coefficient, shape (...,) or (..., T), finite, of either sign; see
             `ctpo.rollout_correction`. It does not count in denominators.
         turn_ids: Integers, shape (..., T), for the levels "turn" and "turn_mean" only.
         num_tokens: Policy tokens of the whole step, for "token-mean": a positive integer, or a tensor of shape (),
-            which is read only where that is free. None takes the batch at hand.
+            which may be 0 if there are none and is looked at as `validate` says. None takes the batch at hand.
         num_sequences: Sequences of the whole step, for the other aggregations, likewise.
         data_parallel_size: Number of ranks that gradients are averaged over, those of `process_group` included.
         horizon: Constant length of "seq-mean-token-sum-norm", tokens; None takes T.
@@ -154,8 +158,9 @@ def policy_loss(
             (N,) or (1, N), those of sequences (S,). See `ctpo.sharding.Packing`.
         max_seqlen: Length of the longest packed sequence, for `cu_seqlens` only.
         validate: Whether to look at values, and not only at shapes and dtypes. None looks where that is free: at
-            tensors in CPU memory, outside of `torch.compile`. True always looks, for one host synchronization on an
-            accelerator. False never does; NaN at a policy token then goes through to the loss.
+            tensors in CPU memory, outside of `torch.compile`. True always looks, for a host synchronization on an
+            accelerator, and one for each total that is a tensor there. False never does; NaN at a policy token then
+            goes through to the loss.
 
     Returns:
         `PolicyLoss`. Without any policy token loss and gradient are 0.
@@ -187,8 +192,7 @@ def policy_loss(
     """
     average = _aggregation(estimator, aggregation)
     if not isinstance(estimator, Estimator):
-        one_of("estimator", estimator, (*ESTIMATORS, *_NAMED_FOR_AGGREGATION))
-        estimator = RECIPES[estimator].estimator
+        estimator = RECIPES[estimator].estimator if estimator in _NAMED_FOR_AGGREGATION else named(estimator)
     _check_tensors(
         logp, behavior_logp=behavior_logp, advantages=advantages, mask=mask, weights=weights, turn_ids=turn_ids
     )
@@ -287,9 +291,10 @@ def _check_totals(
                     f"{name} must be a positive integer, or a tensor of shape () and a real dtype; "
                     f"got shape {tuple(total.shape)}, {total.dtype}"
                 )
-            if validate is not False and has_readable_values(total) and not 0 < total < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {total.item()}")
-        elif total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+            look = has_readable_values(total) if validate is None else validate
+            if look and not 0 <= total < math.inf:  # 0: a step without policy tokens
+                raise ValueError(f"{name} must be a finite number of at least 0; got {total.item()}")
+        elif total is not None and (isinstance(total, bool) or not isinstance(total, Integral) or total < 1):
             raise ValueError(f"{name} must be a positive integer, or a tensor of shape (); got {total!r}")
     needed = "num_tokens" if aggregation == "token-mean" else "num_sequences"
     if totals[needed] is None:
@@ -375,7 +380,7 @@ def _share(
     elif isinstance(total, torch.Tensor):
         total = total.to(own.dtype)
     else:
-        total = torch.full_like(own, total)
+        total = torch.full_like(own, int(total))
     share = data_parallel_size / total.clamp(min=1.0)
     if aggregation == "seq-mean-token-mean":
         share = share / counts.by_sequence.clamp(min=1.0)
@@ -446,7 +451,8 @@ def _metrics(
     sums = torch.cat([numbers, torch.stack(list(terms.values()))])
     # Shards may differ in length: all ranks send as many buckets as there can be.
     edges = _EDGES if shards is not None else [edge for edge in _EDGES if edge <= max(raw.shape[-1], 1)]
-    bounds = torch.tensor([*edges, math.inf], dtype=raw.dtype, device=raw.device)
+    # Filled in, not copied from a list: a copy to an accelerator waits for it.
+    bounds = torch.cat([raw.new_full((1,), value) for value in (*edges, math.inf)])
     log_sums = _log_sums(only_where(xp, mask, raw, -math.inf), found.position, bounds)
     sums, log_sums = _joined(sums, log_sums, shards)
     n = counts.tokens.clamp(min=1.0)
@@ -561,7 +567,7 @@ def _joined(
 def _effective(log_sums: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """(sum w)^2 / sum w^2 as a fraction of the number of weights; 0 of none, and if all are 0."""
     fraction = torch.exp(2.0 * log_sums[0] - log_sums[1]) / number.clamp(min=1.0)
-    return torch.where(log_sums[0] == -math.inf, 0.0, fraction)
+    return torch.where(log_sums[0] == -math.inf, 0.0, fraction.clamp(max=1.0))  # rounding can lead beyond 1
 
 
 def _spread(variance: torch.Tensor) -> torch.Tensor:

@@ -241,8 +241,10 @@ class Packing:
         packed = tuple(logp.shape)
         if not (len(packed) == 1 or (len(packed) == 2 and packed[0] == 1)):
             raise ValueError(f"logp must have shape (N,) or (1, N) with cu_seqlens, a packed batch; got {packed}")
-        if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int)):
-            raise ValueError(f"max_seqlen must be an integer or None; got {max_seqlen!r}")
+        if max_seqlen is not None and (
+            isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0
+        ):
+            raise ValueError(f"max_seqlen must be an integer of at least 0, or None; got {max_seqlen!r}")
         if max_seqlen is None or validate or (validate is None and has_readable_values(cu_seqlens)):
             max_seqlen = _read(cu_seqlens, packed[-1], max_seqlen)
         ends = cu_seqlens.to(device=logp.device, dtype=torch.int64)

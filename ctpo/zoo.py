@@ -285,6 +285,14 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
 """Name -> `Estimator`; read-only."""
 
 
+def named(name: str) -> Estimator:
+    """The estimator of a name; ValueError for others, those of rows with the coefficients of another row among them."""
+    if name in _SAME_COEFFICIENTS:
+        raise ValueError(f"estimator must be one of its own; got {name!r}: {RECIPES[name].note}")
+    one_of("estimator", name, ESTIMATORS)
+    return ESTIMATORS[name]
+
+
 def get_estimator(estimator: str | Estimator, **changes: Any) -> Estimator:
     """A named estimator, or a given one, with some fields changed.
 
@@ -303,8 +311,7 @@ def get_estimator(estimator: str | Estimator, **changes: Any) -> Estimator:
         PositionClip(low=0.025, high=0.05, power=0.5, dual=None, drift=0.0)
     """
     if not isinstance(estimator, Estimator):
-        one_of("estimator", estimator, ESTIMATORS)
-        estimator = ESTIMATORS[estimator]
+        estimator = named(estimator)
     allowed = [field.name for field in fields(Estimator)]
     for name in changes:
         one_of("changes", name, allowed)

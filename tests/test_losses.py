@@ -245,6 +245,26 @@ def test_micro_batches_add_up(name, aggregation):
     assert abs(float(sum(alone)) / 3 - float(whole[0])) > 1e-6  # what the totals are for
 
 
+def test_a_step_without_policy_tokens_may_say_so():
+    """As an all_reduce of counts does, before anyone knows."""
+    logp, behavior_logp, advantages, mask = ordinary(9)
+    nothing = torch.zeros_like(mask)
+    for totals in ({"num_sequences": torch.tensor(0)}, {"num_tokens": torch.tensor(0), "aggregation": "token-mean"}):
+        loss, gradient, _ = run(logp, behavior_logp, advantages, nothing, **totals)
+        assert loss == 0
+        assert gradient.count_nonzero() == 0
+    whole = run(logp, behavior_logp, advantages, mask, num_sequences=int(mask.any(-1).sum()))
+    same(whole, run(logp, behavior_logp, advantages, mask, num_sequences=np.int64(mask.any(-1).sum())))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_narrows_nothing(dtype):
+    values = [x.float() if x.is_floating_point() else x for x in ordinary(10)]
+    with torch.autocast("cpu", dtype):
+        narrow = run(*values)
+    same(run(*values), narrow)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_equal_policies_give_the_gradient_of_reinforce(name):
     logp, _, advantages, mask = ordinary(8)
@@ -700,8 +720,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_sequences": 0}, "num_sequences must be a positive integer, or a tensor of shape (); got 0"),
     ({"num_sequences": 2.0}, "num_sequences must be a positive integer, or a tensor of shape (); got 2.0"),
     ({"num_sequences": True}, "num_sequences must be a positive integer"),
-    ({"num_sequences": torch.tensor(0)}, "num_sequences must be positive and finite; got 0"),
-    ({"num_sequences": torch.tensor(math.nan)}, "num_sequences must be positive and finite; got nan"),
+    ({"num_sequences": torch.tensor(-1)}, "num_sequences must be a finite number of at least 0; got -1"),
+    ({"num_sequences": torch.tensor(math.nan)}, "num_sequences must be a finite number of at least 0; got nan"),
+    ({"num_sequences": torch.tensor(math.inf), "validate": True}, "num_sequences must be a finite .* got inf"),
+    ({"estimator": "decoupled_ppo"}, "estimator must be one of its own; got 'decoupled_ppo': estimator \"grpo\" with"),
     ({"num_sequences": torch.tensor([2])}, r"num_sequences must be .* got shape (1,), torch.int64"),
     ({"num_tokens": torch.tensor(True), "num_sequences": 2}, "num_tokens must be .* got shape (), torch.bool"),
     ({"num_tokens": 6}, "num_sequences must be given for the aggregation 'seq-mean-token-mean'; got num_tokens only"),

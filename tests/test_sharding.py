@@ -406,8 +406,8 @@ BAD_PACKING = {
         r"logp must have shape \(N,\) or \(1, N\) with cu_seqlens, .*; got \(5, 1\)",
     ),
     "max_seqlen": ({"max_seqlen": 2}, r"max_seqlen must be at least the length of the longest sequence, 3; got 2"),
-    "max_seqlen type": ({"max_seqlen": 3.0}, r"max_seqlen must be an integer or None; got 3.0"),
-    "max_seqlen bool": ({"max_seqlen": True}, r"max_seqlen must be an integer or None; got True"),
+    "max_seqlen type": ({"max_seqlen": 3.0}, r"max_seqlen must be an integer of at least 0, or None; got 3.0"),
+    "max_seqlen bool": ({"max_seqlen": True}, r"max_seqlen must be an integer of at least 0, or None; got True"),
     "behavior_logp": (
         {"behavior_logp": torch.zeros(4)},
         r"behavior_logp must have the shape of logp, \(5,\); got \(4,\)",
