@@ -1191,6 +1191,9 @@ def _extreme_finding(
     table: Table, name: str, column: str, limit: float, worst_is_high: bool, text: str, beyond: str
 ) -> Finding:
     """Finding on the first bucket in which a column is beyond its limit, else on the bucket nearest to it."""
+    if column not in table:  # pareto_k, the only column that needs another package
+        text = f'{text} is not computed: it needs arviz-stats; pip install "ctpo[diagnostics]".'
+        return Finding(name, False, math.nan, math.nan, text)
     values = np.where(table["n_sequences"] < _MIN_UNITS, np.nan, table.get(column, np.nan))
     signed = values if worst_is_high else -values
     if np.isnan(signed).all():

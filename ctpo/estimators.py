@@ -116,6 +116,7 @@ class Evaluation(NamedTuple):
         advantages: As used, one per token or (..., 1).
         position: t, in the working dtype; at least 1 everywhere.
         totals: Those of `token_log_ratio`, which has no limit, over all time shards; None without any.
+        tokens_limited: Whether `max_token_log_ratio` may have acted on `log_ratio`; False only if it is known not to.
     """
 
     coefficients: Coefficients
@@ -125,6 +126,7 @@ class Evaluation(NamedTuple):
     advantages: Array
     position: Array
     totals: Totals | None
+    tokens_limited: bool
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,7 @@ class Estimator:
         # Combining with False makes separate arrays, also of flags that nothing has set.
         flags = (flag | false if mask is None else flag & mask for flag in (low, high, dual, saturated, rejected))
         found = Coefficients(value, weight, *flags)
-        return Evaluation(found, tokens, log_ratio, applied, advantages, position, raw_totals)
+        return Evaluation(found, tokens, log_ratio, applied, advantages, position, raw_totals, limited is not tokens)
 
     @property
     def scans_time(self) -> bool:

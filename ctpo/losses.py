@@ -114,11 +114,11 @@ def policy_loss(
                                     `max_token_log_ratio` but before `max_log_ratio`, window and form; nats
     log_ratio/applied_mean, /..std  the same of the logarithm of the ratio in the surrogate's value
     log_rho/mean_per_token          m = mean of log rho_t / t over policy tokens; nats
-    log_rho/var_per_token           mean of (log rho_t - m t)^2 / t over policy tokens. rho_t is the cumulative ratio
-                                    whatever the estimator's level. For two fixed policies close to each other m is
-                                    -1/2 of it; a mean that is more negative points to other differences than a step of
-                                    the policy, such as a sampler whose log-probabilities are not the trainer's. At the
-                                    level "cumulative" with the estimator's `max_token_log_ratio`, else without limit
+    log_rho/var_per_token           mean of (log rho_t - m t)^2 / t over policy tokens. rho_t is the cumulative ratio,
+                                    without limits, whatever the estimator's level. For two fixed policies close to
+                                    each other m is -1/2 of it; a mean that is more negative points to other
+                                    differences than a step of the policy, such as a sampler whose log-probabilities
+                                    are not the trainer's
     ess/sequence                    effective sample size (sum w)^2 / sum w^2 of rho_H as a fraction of the sequences
     ess/position_1, _16, _64, ...   the same of the weights w of log_ratio/mean, over the policy tokens from that
                                     position up to the next in the list, 4 times as far. There is one for every such
@@ -151,7 +151,8 @@ def policy_loss(
             which may be 0 if there are none and is looked at as `validate` says. None takes the batch at hand.
         num_sequences: Sequences of the whole step, for the other aggregations, likewise.
         data_parallel_size: Number of ranks that gradients are averaged over, those of `process_group` included.
-        horizon: Constant length of "seq-mean-token-sum-norm", tokens; None takes T.
+        horizon: Constant length of "seq-mean-token-sum-norm", tokens. None takes T, and only where `logp` is the whole
+            batch: micro-batches are padded to lengths of their own.
         process_group: The processes that the time axis is split over, see `ctpo.sharding`. The loss of a rank is the
             part of its own tokens, the sum of the parts is the loss.
         cu_seqlens: Cumulative lengths, integers, shape (S+1,), of a packed batch: tensors of tokens then have shape
@@ -196,10 +197,15 @@ def policy_loss(
     _check_tensors(
         logp, behavior_logp=behavior_logp, advantages=advantages, mask=mask, weights=weights, turn_ids=turn_ids
     )
+    if behavior_logp.requires_grad and not logp.requires_grad:
+        raise ValueError(
+            "behavior_logp must be a constant, and logp what is trained; got a gradient for behavior_logp only"
+        )
     if not (validate is None or isinstance(validate, bool)):
         raise ValueError(f"validate must be True, False or None; got {validate!r}")
     total = _check_totals(average, num_tokens, num_sequences, data_parallel_size, validate)
-    horizon = _check_horizon(average, horizon, logp, process_group is not None, cu_seqlens is not None)
+    partial = process_group is not None or cu_seqlens is not None or total is not None
+    horizon = _check_horizon(average, horizon, logp, partial)
     if max_seqlen is not None and cu_seqlens is None:
         raise ValueError(f"max_seqlen must be None without cu_seqlens; got {max_seqlen!r}")
     if cu_seqlens is not None and process_group is not None:
@@ -306,9 +312,7 @@ def _check_totals(
     return totals[needed]
 
 
-def _check_horizon(
-    aggregation: str, horizon: float | None, logp: torch.Tensor, sharded: bool, packed: bool
-) -> float | None:
+def _check_horizon(aggregation: str, horizon: float | None, logp: torch.Tensor, partial: bool) -> float | None:
     """The length that "seq-mean-token-sum-norm" divides by."""
     if aggregation != "seq-mean-token-sum-norm":
         if horizon is not None:
@@ -317,9 +321,10 @@ def _check_horizon(
             )
         return None
     if horizon is None:
-        if sharded or packed:
+        if partial:
             raise ValueError(
-                "horizon must be given with process_group or cu_seqlens, where no tensor has the full length; got None"
+                "horizon must be given with process_group, cu_seqlens or num_sequences, where the length of one tensor "
+                "is not that of all; got None"
             )
         return max(logp.shape[-1], 1) if logp.ndim else 1
     if not 0 < real_number("policy_loss", "horizon", horizon, "a positive finite number") < math.inf:
@@ -422,7 +427,7 @@ def _metrics(
     coefficients, totals, raw = found.coefficients, found.totals, found.log_ratio
     applied = found.applied_log_ratio
     log_rho = raw
-    if estimator.level != "cumulative":
+    if estimator.level != "cumulative" or found.tokens_limited:
         log_rho = at_level(xp, found.token_log_ratio, mask, "cumulative", totals=totals)
     per_token = log_rho / found.position
     zero = found.advantages == 0

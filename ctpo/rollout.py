@@ -21,6 +21,7 @@ from ctpo._arrays import (
     check_floating,
     check_mask,
     check_shape,
+    is_tensor,
     namespace,
     one_of,
     only_where,
@@ -183,6 +184,9 @@ def rollout_correction(
     one_of("mode", mode, get_args(Mode))
     least, most = _bounds(low, high)
     log_least, log_most = math.log(least) if least else -math.inf, math.log(most)
+    for name, x in (("proximal_logp", proximal_logp), ("behavior_logp", behavior_logp)):
+        if is_tensor(x) and x.requires_grad:
+            raise ValueError(f"{name} must be detached: weights are constants; got a tensor that requires grad")
     _check_proximal(proximal_logp, behavior_logp, mask, turn_ids)
     checked = token_log_ratio(proximal_logp, behavior_logp, mask, turn_ids=turn_ids)
     xp, tokens = checked.xp, checked.log_ratio

@@ -22,7 +22,7 @@ back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -151,7 +151,7 @@ def evaluate(
     def piece(x: torch.Tensor) -> torch.Tensor:
         return x[..., start : start + lengths[shards.rank]] if x.shape[-1] == total else x
 
-    fields = {name: piece(x) for name, x in whole._asdict().items() if isinstance(x, torch.Tensor)}
+    fields: dict[str, Any] = {name: piece(x) for name, x in whole._asdict().items() if isinstance(x, torch.Tensor)}
     coefficients = Coefficients(*map(piece, whole.coefficients))
     (totals,) = shard_totals(xp, mask, shards, tokens)
     return whole._replace(coefficients=coefficients, totals=totals, **fields)

@@ -1,4 +1,4 @@
-r"""The estimators of `ctpo.zoo` as policy losses of verl: after ``pip install ctpo``, set the loss mode and train.
+r"""The estimators of `ctpo.zoo` as policy losses of verl: installed beside it, set the loss mode and train.
 
 ::
 
@@ -56,16 +56,16 @@ from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any, cast
 
-import torch
-
 from ctpo.estimators import Estimator
-from ctpo.losses import Aggregation, policy_loss
 from ctpo.zoo import ESTIMATORS
 
 try:
+    import torch
     import verl
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
     from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    from ctpo.losses import Aggregation, policy_loss
 except Exception as error:
     if __name__ != "__main__":
         raise

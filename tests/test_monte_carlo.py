@@ -793,4 +793,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="advantage: must be one of"):
         estimate(world, SummedGradient(world, "ctpo", "A_star"), n=10, seed=0)
     with pytest.raises(ValueError, match="estimator must be one of"):
-        estimate(world, SummedGradient(world, "ppo"), n=10, seed=0)
+        estimate(world, SummedGradient(world, "ppoo"), n=10, seed=0)

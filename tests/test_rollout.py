@@ -529,3 +529,11 @@ def test_bad_values_at_policy_tokens_are_located(xp, name, value, allowed):
     message = re.escape(f"{name} must be {allowed}") + rf" .*got {value} at index \(1, 2\)"
     with pytest.raises(ValueError, match="^" + message):
         rollout_correction(**{key: xp(x) for key, x in arrays.items()})
+
+
+@pytest.mark.parametrize("name", ["proximal_logp", "behavior_logp"])
+def test_gradients_are_refused(name):
+    arguments = {key: torch.zeros(2, 3) for key in ("proximal_logp", "behavior_logp")}
+    arguments[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must be detached"):
+        rollout_correction(**arguments)
