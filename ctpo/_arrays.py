@@ -163,6 +163,17 @@ def real_number(owner: str, name: str, value: object, allowed: str) -> float:
     return float(value)
 
 
+def positive_fields(owner: object, *names: str) -> None:
+    """Raise unless the named fields of a frozen dataclass are positive finite numbers; store them as floats."""
+    kind, allowed = type(owner).__name__, "a positive finite number"
+    for name in names:
+        value = getattr(owner, name)
+        number = real_number(kind, name, value, allowed)
+        if not 0 < number < math.inf:
+            raise ValueError(f"{kind}: {name} must be {allowed}; got {value!r}")
+        object.__setattr__(owner, name, number)
+
+
 def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     """Raise unless `value` is one of the allowed names, suggesting the nearest."""
     allowed = tuple(allowed)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctpo._arrays import Array, check_numeric, default_float, is_array, namespace, real_number
+from ctpo._arrays import Array, check_numeric, default_float, is_array, namespace, positive_fields, real_number
 
 __all__ = [
     "CalibratedClip",
@@ -330,7 +330,7 @@ class SigmoidGate:
     negative: float = 1.05
 
     def __post_init__(self) -> None:
-        _check_positive(self, "positive", "negative")
+        positive_fields(self, "positive", "negative")
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class GammaWeight:
     negative_rate: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "positive_power", "positive_rate", "negative_power", "negative_rate")
+        positive_fields(self, "positive_power", "positive_rate", "negative_power", "negative_rate")
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ class ProbabilityShift:
     high: float = 12.5
 
     def __post_init__(self) -> None:
-        _check_positive(self, "low", "high")
+        positive_fields(self, "low", "high")
 
 
 #: Any of the gates, each made for one form of an estimator.
@@ -413,14 +413,3 @@ def _float_positions(position: Array) -> tuple[Array, Array]:
     if not xp.isdtype(position.dtype, "real floating"):
         position = xp.astype(position, default_float(xp, position))
     return position, xp
-
-
-def _check_positive(gate: Gate, *names: str) -> None:
-    """Raise unless the named fields are positive finite numbers; store them as floats."""
-    owner, allowed = type(gate).__name__, "a positive finite number"
-    for name in names:
-        value = getattr(gate, name)
-        number = real_number(owner, name, value, allowed)
-        if not 0 < number < math.inf:
-            raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
-        object.__setattr__(gate, name, number)

@@ -28,7 +28,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
-from ctpo._arrays import Array, Namespace, delay, device, either, one_of, only_where, prefix_sum, real_number
+from ctpo._arrays import Array, Namespace, delay, device, either, one_of, only_where, positive_fields, prefix_sum
 from ctpo.ratios import policy_tokens
 
 __all__ = ["DivergenceRegion", "PrefixBudget", "Region", "Scope", "SecondMoment", "SequenceRegion"]
@@ -102,7 +102,7 @@ class DivergenceRegion:
 
     def __post_init__(self) -> None:
         one_of("DivergenceRegion: kind", self.kind, get_args(Divergence))
-        _check_numbers(self, "low", "high")
+        positive_fields(self, "low", "high")
 
     def rejects(self, xp: Namespace, moves: Moves) -> Array:
         """True at the tokens to take away, shape (..., T); anything where masked."""
@@ -156,7 +156,7 @@ class PrefixBudget:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "threshold", "budget", "last_weight")
+        positive_fields(self, "threshold", "budget", "last_weight")
         if self.last_weight > 1:
             raise ValueError(f"PrefixBudget: last_weight must be at most 1; got {self.last_weight!r}")
         _check_bool(self, "adaptive")
@@ -225,7 +225,7 @@ class SequenceRegion:
     scope: ClassVar[Scope] = "sequence"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "threshold")
+        positive_fields(self, "threshold")
         one_of("SequenceRegion: estimate", self.estimate, get_args(Estimate))
         one_of("SequenceRegion: statistic", self.statistic, get_args(Statistic))
         _check_bool(self, "only_negative")
@@ -277,7 +277,7 @@ class SecondMoment:
     scope: ClassVar[Scope] = "batch"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "threshold")
+        positive_fields(self, "threshold")
 
     def rejects(self, xp: Namespace, moves: Moves) -> Array:
         """True at the tokens to take away, shape (..., T); anything where masked."""
@@ -298,17 +298,6 @@ def _length(xp: Namespace, like: Array, mask: Array | None) -> Array:
     """Number of policy tokens of each sequence, at least 1, an array that broadcasts against (..., 1)."""
     count = policy_tokens(xp, like, mask)
     return xp.full_like(like[..., :1], count) if isinstance(count, int) else count
-
-
-def _check_numbers(region: Region, *names: str) -> None:
-    """Raise unless the named fields are positive finite numbers; store them as floats."""
-    owner, allowed = type(region).__name__, "a positive finite number"
-    for name in names:
-        value = getattr(region, name)
-        number = real_number(owner, name, value, allowed)
-        if not 0 < number < math.inf:
-            raise ValueError(f"{owner}: {name} must be {allowed}; got {value!r}")
-        object.__setattr__(region, name, number)
 
 
 def _check_bool(region: Region, name: str) -> None:

@@ -27,6 +27,8 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "gguf",
+    "trl",
+    "verl",
 )
 
 
