@@ -288,7 +288,7 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
 def named(name: str) -> Estimator:
     """The estimator of a name; ValueError for others, those of rows with the coefficients of another row among them."""
     if name in _SAME_COEFFICIENTS:
-        raise ValueError(f"estimator must be one of its own; got {name!r}: {RECIPES[name].note}")
+        raise ValueError(f"estimator must have coefficients of its own; got {name!r}: {RECIPES[name].note}")
     one_of("estimator", name, ESTIMATORS)
     return ESTIMATORS[name]
 

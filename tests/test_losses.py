@@ -728,7 +728,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_sequences": torch.tensor(-1)}, "num_sequences must be a finite number of at least 0; got -1"),
     ({"num_sequences": torch.tensor(math.nan)}, "num_sequences must be a finite number of at least 0; got nan"),
     ({"num_sequences": torch.tensor(math.inf), "validate": True}, "num_sequences must be a finite .* got inf"),
-    ({"estimator": "decoupled_ppo"}, "estimator must be one of its own; got 'decoupled_ppo': estimator \"grpo\" with"),
+    (
+        {"estimator": "decoupled_ppo"},
+        "estimator must have coefficients of its own; got 'decoupled_ppo': estimator \"grpo\" with",
+    ),
     ({"num_sequences": torch.tensor([2])}, r"num_sequences must be .* got shape (1,), torch.int64"),
     ({"num_tokens": torch.tensor(True), "num_sequences": 2}, "num_tokens must be .* got shape (), torch.bool"),
     ({"num_tokens": 6}, "num_sequences must be given for the aggregation 'seq-mean-token-mean'; got num_tokens only"),
