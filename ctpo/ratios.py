@@ -173,20 +173,22 @@ def token_log_ratio(
     *,
     turn_ids: Array | None = None,
     validate: bool | None = None,
+    name: str = "logp",
     **others: Array,
 ) -> TokenLogRatio:
     """Check the arrays that every estimate starts from, then subtract.
 
     `others` are named arrays that must come from the same library and take part in the choice of dtype; their
-    shapes are the caller's to check. `validate` is that of `check_finite`.
+    shapes are the caller's to check. `validate` is that of `check_finite`, `name` what the caller calls `logp`.
     """
-    xp = namespace(logp=logp, behavior_logp=behavior_logp, mask=mask, turn_ids=turn_ids, **others)
-    check_time_axis("logp", logp)
-    check_floating(xp, logp=logp, behavior_logp=behavior_logp)
+    policies = {name: logp, "behavior_logp": behavior_logp}
+    xp = namespace(mask=mask, turn_ids=turn_ids, **policies, **others)
+    check_time_axis(name, logp)
+    check_floating(xp, **policies)
     shape = tuple(logp.shape)
-    check_shape(shape, "logp", behavior_logp=behavior_logp)
-    check_mask(xp, mask, shape, "logp")
-    check_shape(shape, "logp", turn_ids=turn_ids)
+    check_shape(shape, name, behavior_logp=behavior_logp)
+    check_mask(xp, mask, shape, name)
+    check_shape(shape, name, turn_ids=turn_ids)
     if turn_ids is not None and not xp.isdtype(turn_ids.dtype, "integral"):
         raise ValueError(f"turn_ids must have an integer dtype; got {turn_ids.dtype}")
     dtype = working_dtype(xp, logp, behavior_logp, *others.values())
@@ -197,7 +199,7 @@ def token_log_ratio(
         if not look or math.isfinite(float(xp.sum(tokens))):  # which no sum is with a NaN or an infinity in it
             return TokenLogRatio(xp, logp, tokens, behavior_logp)
     logp, behavior_logp = only_where(xp, mask, logp), only_where(xp, mask, behavior_logp)
-    check_finite(xp, "logp", logp, mask, where="at every policy token", minus_infinity=True, validate=validate)
+    check_finite(xp, name, logp, mask, where="at every policy token", minus_infinity=True, validate=validate)
     sampled = "at every policy token, which the behavior policy has sampled"
     check_finite(xp, "behavior_logp", behavior_logp, mask, where=sampled, validate=validate)
     return TokenLogRatio(xp, logp, logp - behavior_logp, behavior_logp)

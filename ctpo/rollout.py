@@ -12,30 +12,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
-import array_api_compat
-
-from ctpo._arrays import (
-    Array,
-    Namespace,
-    check_finite,
-    check_floating,
-    check_mask,
-    check_shape,
-    is_tensor,
-    namespace,
-    one_of,
-    only_where,
-    real_number,
-)
-from ctpo.ratios import (
-    Level,
-    at_level,
-    bounded_positions,
-    check_level,
-    check_time_axis,
-    check_turn_ids,
-    token_log_ratio,
-)
+from ctpo._arrays import Array, Namespace, device, is_tensor, one_of, only_where, real_number
+from ctpo.ratios import Level, at_level, bounded_positions, check_level, check_turn_ids, token_log_ratio
 
 __all__ = ["Mode", "RolloutCorrection", "rollout_correction"]
 
@@ -187,8 +165,7 @@ def rollout_correction(
     for name, x in (("proximal_logp", proximal_logp), ("behavior_logp", behavior_logp)):
         if is_tensor(x) and x.requires_grad:
             raise ValueError(f"{name} must be detached: weights are constants; got a tensor that requires grad")
-    _check_proximal(proximal_logp, behavior_logp, mask, turn_ids)
-    checked = token_log_ratio(proximal_logp, behavior_logp, mask, turn_ids=turn_ids)
+    checked = token_log_ratio(proximal_logp, behavior_logp, mask, turn_ids=turn_ids, name="proximal_logp")
     xp, tokens = checked.xp, checked.log_ratio
     raw = at_level(xp, tokens, mask, level, window=window, turn_ids=turn_ids)
     policy = xp.ones_like(tokens, dtype=xp.bool) if mask is None else mask
@@ -217,19 +194,6 @@ def rollout_correction(
     return RolloutCorrection(weights, kept, {f"rollout/{name}": value for name, value in metrics.items()})
 
 
-def _check_proximal(proximal_logp: Array, behavior_logp: Array, mask: Array | None, turn_ids: Array | None) -> None:
-    """What `token_log_ratio` would refuse under the name of logp, refused under this function's name for it."""
-    name = "proximal_logp"
-    xp = namespace(proximal_logp=proximal_logp, behavior_logp=behavior_logp, mask=mask, turn_ids=turn_ids)
-    check_time_axis(name, proximal_logp)
-    check_floating(xp, proximal_logp=proximal_logp)
-    shape = tuple(proximal_logp.shape)
-    check_mask(xp, mask, shape, name)
-    check_shape(shape, name, behavior_logp=behavior_logp, turn_ids=turn_ids)
-    policy = only_where(xp, mask, proximal_logp)
-    check_finite(xp, name, policy, mask, where="at every policy token", minus_infinity=True)
-
-
 def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
     """Checked bounds of the ratio, 0 and inf in place of None."""
     allowed = "a positive finite number, or None"
@@ -245,7 +209,7 @@ def _statistics(xp: Namespace, log_weights: Array, counted: Array, suffix: str) 
     """Statistics of the weights where `counted`, from their logarithms, on the scale of the largest of them."""
     log_weights = xp.where(counted, log_weights, -math.inf)
     if 0 in log_weights.shape:  # `max` refuses them
-        largest = xp.full((), -math.inf, dtype=log_weights.dtype, device=array_api_compat.device(log_weights))
+        largest = xp.full((), -math.inf, dtype=log_weights.dtype, device=device(log_weights))
     else:
         largest = xp.max(log_weights)
     scale = xp.where(largest == -math.inf, 0.0, largest)
