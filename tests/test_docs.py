@@ -21,6 +21,8 @@ from simulations.report import _escaped, anchor
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 REPORT = DOCS / "report" / "report.md"
+# Pages whose examples say for themselves, by assertions or by what they print, whether they are right.
+AROUND = ("sandbox", "tools", "rewards", "data", "evaluation")
 TRAINING = (DOCS / "training.md").read_text(encoding="utf-8")
 EXAMPLES = {
     f"{page.stem}-{name}": code
@@ -85,7 +87,24 @@ def test_every_example_of_the_guide_has_a_test():
     assert TRAINING.count("```python") == TRAINING.count("<!-- example: ")
     names = {name.removeprefix("training-") for name in EXAMPLES if name.startswith("training-")}
     assert names == {"loop", "data_parallel", "rollout", "sharded", "packed", "bf16", "compile"}
-    assert set(EXAMPLES) - {f"training-{name}" for name in names} == {"estimators-own"}
+    others = {name for name in EXAMPLES if name.partition("-")[0] not in AROUND}
+    assert others - {f"training-{name}" for name in names} == {"estimators-own"}
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.partition("-")[0] in AROUND])
+def test_example_around_the_trainer(name, tmp_path):
+    """As its reader would run it: a script, without a guard for multiprocessing, in a directory of its own."""
+    (tmp_path / "example.py").write_text(EXAMPLES[name], encoding="utf-8")
+    found = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("page", AROUND)
+def test_every_example_around_the_trainer_is_run(page):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    assert text.count("```python") == text.count("<!-- example: ") > 0
 
 
 def test_loop_learns():

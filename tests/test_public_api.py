@@ -15,10 +15,10 @@ import pytest
 import ctpo
 
 # The plug-in can be imported beside verl only: tests_verl has its examples.
-NOT_HERE = ("__main__", "verl_plugin")
+NOT_HERE = ("ctpo.__main__", "ctpo.verl_plugin")
 MODULES = [
     "ctpo",
-    *(f"ctpo.{module.name}" for module in pkgutil.iter_modules(ctpo.__path__) if module.name not in NOT_HERE),
+    *(module.name for module in pkgutil.walk_packages(ctpo.__path__, "ctpo.") if module.name not in NOT_HERE),
 ]
 
 
