@@ -196,18 +196,61 @@ def math_scorer() -> Scorer:
     return score
 
 
+class _Sequence(list[Any]):
+    """A list that equals a tuple too: JSON has made lists of both, and scorers compare boards of tuples."""
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, list | tuple) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+
+def as_sequences(value: Any) -> Any:
+    if isinstance(value, list):
+        return _Sequence(map(as_sequences, value))
+    return {key: as_sequences(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
 def gym_scorer() -> Scorer:
     """The task's own `score_answer`."""
     import reasoning_gym
+    from reasoning_gym.factory import DATASETS
 
     tasks: dict[str, Callable[..., Any]] = {}
 
+    def typed(text: Any, default: Any) -> Any:
+        """A value of a configuration that may have been written as text."""
+        if isinstance(default, list | tuple):
+            parts = text if not isinstance(text, str) else json.loads(text) if text[:1] == "[" else text.split(",")
+            return type(default)(typed(part, default[0] if default else "") for part in parts)
+        if not isinstance(text, str) or isinstance(default, str):
+            return text
+        try:
+            return json.loads(text.lower())
+        except ValueError:
+            return text
+
+    def task(name: str, configuration: dict[str, Any]) -> Callable[..., Any]:
+        if name not in DATASETS:
+            raise ValueError(f"reasoning-gym has no task {name!r}")
+        defaults = DATASETS[name][1]()
+        chosen = {
+            key: typed(value, getattr(defaults, key, None))
+            for key, value in configuration.items()
+            if key not in ("size", "seed")
+        }
+        return reasoning_gym.create_dataset(name, **chosen).score_answer
+
     def score(request: dict[str, Any]) -> Outcomes:
-        name = request["task_name"]
-        if name not in tasks:
-            tasks[name] = reasoning_gym.get_score_answer_fn(name)
+        name, configuration = request["task_name"], request["configuration"]
+        which = json.dumps([name, configuration], sort_keys=True)
+        if which not in tasks:
+            tasks[which] = task(name, configuration)
         with expressions_only("reasoning_gym"):
-            value = as_number(tasks[name](request["answer"], request["entry"]))
+            value = as_number(tasks[which](request["answer"], as_sequences(request["entry"])))
         yield {"value": value}
 
     return score

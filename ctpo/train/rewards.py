@@ -44,8 +44,8 @@ __all__ = ["ANSWER_LIMIT", "RESPONSE_LIMIT", "Rewards", "Score", "extract_answer
 
 # Characters at the end of a response in which the built-in rewards look for an answer.
 RESPONSE_LIMIT = 1_000_000
-# Characters of an answer that a parser is given; a longer one is a failure. Of a response without a marked answer,
-# "math" reads as many characters at the end.
+# Characters of an answer that "math" reads; a longer one is a failure. Of a response without a marked answer it reads
+# as many characters at the end.
 ANSWER_LIMIT = 4_000
 
 BUILT_IN = {"math": "math_verify", "format": "", "reasoning-gym": "reasoning_gym"}
@@ -664,8 +664,11 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
         texts = [str(truth).strip() for truth in truths if truth is not None]
         if not any(texts):
             raise ValueError("the row has no ground_truth")
+        read = response[-ANSWER_LIMIT:] if answer is None else answer
+        if len(read) > ANSWER_LIMIT:
+            raise ValueError(f"the answer has {len(read)} characters, at most {ANSWER_LIMIT} are read")
         return {
-            "answer": _short(response[-ANSWER_LIMIT:] if answer is None else answer),
+            "answer": read,
             "whole": answer is not None,
             "ground_truth": [text for text in texts if text],
         }
@@ -676,19 +679,13 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
         except json.JSONDecodeError as error:
             raise ValueError(f"the row's extra_info is no JSON: {error}") from error
     if name == "reasoning-gym":
-        return {**_gym_task(row, details), "answer": _short(answer if answer is not None else _last_line(response))}
+        return {**_gym_task(row, details), "answer": _last_line(response) if answer is None else answer}
     given = {key: row.get(key) for key in ("id", "prompt", "data_source", "ground_truth")}
     return {"response": response, "row": {**given, "extra_info": details}}
 
 
-def _short(answer: str) -> str:
-    if len(answer) > ANSWER_LIMIT:
-        raise ValueError(f"the answer has {len(answer)} characters, at most {ANSWER_LIMIT} are read")
-    return answer
-
-
 def _last_line(response: str) -> str:
-    return next((line.strip() for line in reversed(response[-ANSWER_LIMIT:].splitlines()) if line.strip()), "")
+    return next((line.strip() for line in reversed(response[-RESPONSE_LIMIT:].splitlines()) if line.strip()), "")
 
 
 def _gym_task(row: Mapping[str, Any], details: Any) -> dict[str, Any]:
@@ -696,8 +693,13 @@ def _gym_task(row: Mapping[str, Any], details: Any) -> dict[str, Any]:
     metadata = details.get("metadata")
     if not isinstance(metadata, Mapping):
         raise ValueError("the row's extra_info has no metadata of reasoning-gym")
-    name = details.get("dataset") or details.get("source_dataset") or metadata.get("source_dataset")
+    name = details.get("source_dataset") or metadata.get("source_dataset")
     if not isinstance(name, str):
-        raise ValueError("the row's extra_info names no dataset of reasoning-gym")
+        raise ValueError("the row's extra_info has no source_dataset, the name of a task of reasoning-gym")
+    configuration = details.get("configuration")
     entry = {"question": details.get("question", ""), "answer": row.get("ground_truth"), "metadata": metadata}
-    return {"task_name": name, "entry": entry}
+    return {
+        "task_name": name,
+        "configuration": configuration if isinstance(configuration, Mapping) else {},
+        "entry": entry,
+    }
