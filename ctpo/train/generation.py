@@ -418,6 +418,8 @@ class _Source:
     def find(cls, name: str | Path) -> _Source:
         text = str(name)
         path = Path(name).expanduser()
+        if not text:
+            raise ValueError("model '': give a directory, a .gguf file or a name on the Hub")
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ValueError(f"model '{text}': a file must be a .gguf; give the directory of other models")
