@@ -1,0 +1,416 @@
+"""Rows of files, data sets on disk and of the Hub for `ctpo.train.data`: one after the other, or a `DataError`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import enum
+import gzip
+import json
+import math
+import numbers
+import re
+import reprlib
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote
+
+# Bytes of a line of JSON, and of a list in JSON, which is read at once: a damaged or hostile file must not fill memory.
+_LINE, _LIST = 1 << 26, 1 << 30
+_BATCH = 1024  # rows
+_DEPTH = 64  # of nested values
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlevel, _repr.maxlist, _repr.maxdict = 3, 3, 4
+
+
+class DataError(ValueError):
+    """A source, or a row of it, is not what it has to be.
+
+    Attributes:
+        problem: What came, and what is allowed.
+        source: File or name of the source.
+        unit: "row", counted from 0, or "line" of a file of JSON lines, counted from 1.
+        row: Its number; None if the error is of the whole source.
+        column: Where in the row; dotted if nested; "" for all of it.
+
+    Example:
+        >>> print(DataError("got null, allowed is text", "train.jsonl", "line", 3, "prompt"))
+        train.jsonl: line 3, column 'prompt': got null, allowed is text
+    """
+
+    def __init__(self, problem: str, source: str = "", unit: str = "row", row: int | None = None, column: str = ""):
+        super().__init__(problem, source, unit, row, column)
+        self.problem, self.source, self.unit, self.row, self.column = problem, source, unit, row, column
+
+    def __str__(self) -> str:
+        place = [] if self.row is None else [f"{self.unit} {self.row}"]
+        place += [f"column {self.column!r}"] if self.column else []
+        return ": ".join(part for part in (self.source, ", ".join(place), self.problem) if part)
+
+
+class InvalidField(ValueError):
+    """A value is not what it has to be; where in a source it stood is for the caller to say."""
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows of a source, of which none is read yet.
+
+    Attributes:
+        name: In messages.
+        label: Of problems without `data_source`; with the number of the row, of those without id.
+        rows: Number and row. A `DataError` in place of a row, or of a value in it, is what could not be read.
+        unit: What is counted, see `DataError`.
+        made: Whether the problems were made here, rather than read.
+    """
+
+    name: str
+    label: str
+    rows: Generator[tuple[int, Any]]
+    unit: str = "row"
+    made: bool = False
+
+
+def open_file(path: Path, source: str) -> Source | None:
+    """A file by its name's ending; None if that is of no kind known here."""
+    name = path.name.lower()
+    zipped = name.endswith(".gz")
+    kind = name.removesuffix(".gz").rpartition(".")[2]
+    label = re.sub(r"\.(parquet|jsonl|json)(\.gz)?$", "", path.name, flags=re.IGNORECASE) or path.name
+    if kind == "parquet" and not zipped:
+        return Source(source, label, _parquet_rows(path, source))
+    if kind == "json" and _is_list(path, zipped, source):
+        return Source(source, label, _json_list(path, zipped, source))
+    if kind in ("json", "jsonl"):
+        return Source(source, label, _json_lines(path, zipped, source), unit="line")
+    return None
+
+
+def open_directory(path: Path, split: str | None, source: str) -> Source:
+    """What `save_to_disk` wrote, or files as on the Hub."""
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    rows = _saved_rows(path, split, source) if saved else _loaded_rows(str(path), split, source)
+    return Source(source, path.name or source, rows)
+
+
+def open_hub(rest: str, split: str | None, source: str) -> Source:
+    """A data set of the Hub; `rest` is what follows ``hub:``."""
+    name, _, options = rest.partition("?")
+    name, at, own_split = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or (at and not own_split):
+        raise DataError("allowed is hub:org/name, then @split, then ?config=name&revision=commit", source)
+    given = query(options, ("config", "revision"), source)
+    rows = _loaded_rows(
+        name, agreed(own_split or None, split, source), source, name=given.get("config"), revision=given.get("revision")
+    )
+    return Source(source, name, rows)
+
+
+def query(text: str, allowed: Iterable[str] | None, source: str) -> dict[str, str]:
+    """Options ``key=value&...``; with `allowed` None every key is."""
+    found: dict[str, str] = {}
+    for part in text.split("&") if text else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise DataError(f"got {short(part)} after '?', allowed is key=value, several with '&' between them", source)
+        if key in found:
+            raise DataError(f"has {key} twice, allowed is once", source)
+        if allowed is not None and key not in tuple(allowed):
+            raise DataError(unknown(key, allowed), source)
+        found[key] = unquote(value)
+    return found
+
+
+def agreed(own: str | None, split: str | None, source: str) -> str | None:
+    """The split that a source's name and an argument agree on."""
+    if own is not None and split is not None and own != split:
+        raise DataError(f"names the split {own!r}, but split is {split!r}", source)
+    return own if own is not None else split
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value; keys that come twice, which JSON leaves open, are refused. NaN and infinities are floats."""
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise InvalidField("", f"is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise InvalidField("", f"is not JSON: {error.msg} at {where}") from error
+    except RecursionError as error:
+        raise InvalidField("", "cannot be read as JSON: nested too deep") from error
+    except InvalidField:
+        raise
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise InvalidField("", f"cannot be read as JSON: {one_line(error)}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise InvalidField("", f"has the key {short(name)} twice in an object, allowed is each once")
+    return found
+
+
+def _open(path: Path, zipped: bool) -> IO[bytes]:
+    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
+
+
+def _is_list(path: Path, zipped: bool, source: str) -> bool:
+    with _errors_named(source), _open(path, zipped) as file:
+        while block := file.read(1 << 12):
+            if start := block.removeprefix(_BYTE_ORDER_MARK).strip():
+                return start.startswith(b"[")
+    return False
+
+
+def _json_lines(path: Path, zipped: bool, source: str) -> Generator[tuple[int, Any]]:
+    number = 0
+    with _errors_named(source), _open(path, zipped) as file:
+        while line := file.readline(_LINE + 1):
+            number += 1
+            if len(line) > _LINE:
+                raise DataError(f"is longer than {_LINE >> 20} MiB", source, "line", number)
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if line.strip():
+                try:
+                    yield number, parse_json(line)
+                except InvalidField as error:
+                    yield number, DataError(error.problem, source, "line", number)
+
+
+def _json_list(path: Path, zipped: bool, source: str) -> Generator[tuple[int, Any]]:
+    with _errors_named(source), _open(path, zipped) as file:
+        text = file.read(_LIST + 1)
+        if len(text) > _LIST:
+            raise DataError(f"is longer than {_LIST >> 20} MiB, allowed for longer files are JSON lines", source)
+        rows = parse_json(text.removeprefix(_BYTE_ORDER_MARK))
+    yield from enumerate(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _parquet_rows(path: Path, source: str) -> Generator[tuple[int, Any]]:
+    import pyarrow.parquet as pq
+
+    with _errors_named(source), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        yield from _arrow_rows(file.iter_batches(batch_size=_BATCH), file.schema_arrow.names, source)
+
+
+def _saved_rows(path: Path, split: str | None, source: str) -> Generator[tuple[int, Any]]:
+    """What `datasets.Dataset.save_to_disk` wrote, without `datasets`, which does not check what it maps into memory."""
+    import pyarrow as pa
+
+    if (path / "dataset_dict.json").is_file():
+        path = path / _one_split(_described(path / "dataset_dict.json", "splits"), split, source)
+    elif split is not None:
+        raise DataError(f"holds one data set without splits, but split is {split!r}", source)
+    start = 0
+    for entry in _described(path / "state.json", "_data_files"):
+        file = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f"names the data file {short(file)}, allowed is a name in this directory", str(path))
+        part = str(path / file)
+        with _errors_named(part), pa.memory_map(part) as mapped, pa.ipc.open_stream(mapped) as stream:
+            for number, row in _arrow_rows(stream, stream.schema.names, source, start):
+                yield number, row
+                start = number + 1
+
+
+def _loaded_rows(path: str, split: str | None, source: str, **options: Any) -> Generator[tuple[int, Any]]:
+    """By `datasets.load_dataset`, which runs no code of the data set since version 4."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(path, **options)
+    except Exception as error:  # its own, of the network, of file systems, of the formats that it reads
+        raise DataError(f"cannot be loaded: {one_line(error)}", source) from error
+    table = found[_one_split(list(found), split, source)].data
+    with _errors_named(source):
+        yield from _arrow_rows(table.to_batches(), table.column_names, source)
+
+
+def _arrow_rows(
+    batches: Iterable[Any], names: Sequence[str], source: str, start: int = 0
+) -> Generator[tuple[int, Any]]:
+    """Rows of record batches, each checked before it is looked at: a damaged one would be read beyond its end."""
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise DataError(f"has the column {short(twice)} twice, allowed is each once", source)
+    for batch in batches:
+        batch.validate(full=True)
+        for offset in range(0, batch.num_rows, _BATCH):
+            piece = batch.slice(offset, _BATCH)
+            columns = [_values(column, name, source, start) for name, column in zip(names, piece.columns, strict=True)]
+            for values in zip(*columns, strict=True):
+                yield start, dict(zip(names, values, strict=True))
+                start += 1
+
+
+def _values(column: Any, name: str, source: str, start: int) -> list[Any]:
+    """Python's values of a column. Some have none, such as a time in nanoseconds: a `DataError` is in their place."""
+    errors = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
+    try:
+        return list(column.to_pylist())
+    except errors:
+        found: list[Any] = []
+        for place, value in enumerate(column):
+            try:
+                found.append(value.as_py())
+            except errors as error:
+                problem = f"cannot be read as {column.type}: {one_line(error)}"
+                found.append(DataError(problem, source, "row", start + place, name))
+        return found
+
+
+def _described(path: Path, key: str) -> list[Any]:
+    """A list in a file that describes a data set."""
+    with _errors_named(str(path)):
+        content = parse_json(path.read_bytes())
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise DataError(f"{key} is {short(found)}, allowed is a list", str(path))
+    return found
+
+
+def _one_split(splits: Sequence[Any], split: str | None, source: str) -> str:
+    named = [name for name in splits if isinstance(name, str) and Path(name).name == name]
+    if split is None and len(named) == 1:
+        return named[0]
+    if split is None or split not in named:
+        raise DataError(f"split is {split!r}, allowed is one of {', '.join(map(repr, named)) or 'none'}", source)
+    return split
+
+
+# ---------------------------------------------------------------------------------------------------------- messages
+
+
+@contextlib.contextmanager
+def _errors_named(source: str) -> Iterator[None]:
+    """What reading may raise, as a `DataError` of this source."""
+    try:
+        yield
+    except DataError:
+        raise
+    except InvalidField as error:
+        raise DataError(error.problem, source) from error
+    # pyarrow's errors are all of these.
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        TypeError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+    ) as error:
+        raise DataError(f"cannot be read: {one_line(error)}", source) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, which may have several lines, in one of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:296]} ..."
+
+
+def short(value: Any) -> str:
+    """What came, in a few words."""
+    if value is None:
+        return "null"
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:96]} ..."
+
+
+def unknown(name: str, allowed: Iterable[str]) -> str:
+    """What to say of a name that is none of the allowed ones."""
+    near = difflib.get_close_matches(name, list(allowed), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"got {short(name)}, allowed are {', '.join(sorted(allowed))}{hint}"
+
+
+def check_text(name: str, text: Any) -> str:
+    """The text, if it is one that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise InvalidField(name, f"got {short(text)}, allowed is text")
+    if found := _SURROGATE.search(text):
+        raise InvalidField(name, f"has {found[0]!r}, half of a character, at {found.start()}, allowed is valid Unicode")
+    return str(text)
+
+
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Raise ValueError unless an argument is a whole number, and not less than `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and int(value) < least):
+        allowed = "a whole number" + ("" if least is None else f" of at least {least}")
+        raise ValueError(f"{name} is {short(value)}, allowed is {allowed}")
+
+
+def json_value(value: Any, depth: int = 0) -> Any:
+    """The value as JSON gives it back: tuples as lists, keys and dates as text, NaN and infinities as None."""
+    if depth > _DEPTH:
+        raise InvalidField("extra_info", f"is nested more than {_DEPTH} deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return check_text("extra_info", value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            name = check_text("extra_info", str(key))
+            if name in found:
+                raise InvalidField("extra_info", f"has the key {short(name)} twice, allowed is each once")
+            found[name] = json_value(inner, depth + 1)
+        return found
+    if isinstance(value, list | tuple):
+        return [json_value(inner, depth + 1) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted((json_value(inner, depth + 1) for inner in value), key=repr)
+    if isinstance(value, enum.Enum):
+        return json_value(value.value, depth + 1)
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidField("extra_info", f"holds {short(bytes(value))}, allowed is text; or leave its column out")
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # NumPy
+        return json_value(value.tolist(), depth + 1)
+    return check_text("extra_info", value.isoformat() if hasattr(value, "isoformat") else str(value))
+
+
+def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """An object, or one as JSON text; null is an empty one."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except InvalidField as error:
+            raise InvalidField(name, error.problem) from error
+    if not isinstance(value, Mapping):
+        raise InvalidField(name, f"got {short(value)}, allowed is an object, or one as JSON text")
+    return value
