@@ -1,4 +1,4 @@
-"""Command line: `ctpo estimators | diagnose`."""
+"""Command line: `ctpo estimators | diagnose`, and the commands of `ctpo.train`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ctpo.clipping import Clip, Gate
 from ctpo.diagnostics import Diagnosis, diagnose, format_table
 from ctpo.estimators import Estimator
 from ctpo.regions import Region
+from ctpo.train.commands import add_commands
 from ctpo.zoo import ESTIMATORS, RECIPES, Recipe
 
 __all__ = ["main"]
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `ctpo`; None for those of this process.
 
     Returns:
-        Exit status: 0, or 2 if an argument or a file is not what it has to be.
+        Exit status: 0, or 1 if what was asked about has failed (`ctpo sandbox`, `ctpo score`), or 2 if an argument or
+        a file is not what it has to be or a package is missing.
 
     Example:
         >>> main(["estimators", "sequence"])  # doctest: +ELLIPSIS
@@ -77,7 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ctpo {options.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "ctpo").partition(".")[0] == "ctpo":
+            raise
+        print(f'ctpo {options.command} needs {error.name}: pip install "ctpo[train]"', file=sys.stderr)
+        return 2
+    return getattr(options, "status", 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnosing.add_argument("--min-ess", type=float, default=0.5, help="fraction that counts as low (default: 0.5)")
     diagnosing.add_argument("--json", action="store_true", help="as JSON; what is not defined or infinite is null")
     diagnosing.set_defaults(run=_diagnose)
+    add_commands(commands)
     return parser
 
 
