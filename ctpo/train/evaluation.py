@@ -1,0 +1,1024 @@
+r"""Evaluate a model, stop, go on where it stopped, and compare two evaluations.
+
+`evaluate` draws n answers to each of P problems, scores them, and keeps everything in one directory:
+
+====================  ==================================================================================================
+settings.json         what the result depends on: model and data with fingerprints, options, versions
+samples.jsonl         one line per answer: text, tokens, calls, rewards; grows a chunk at a time
+timings.jsonl         seconds that each chunk took
+problems.parquet      one row per problem, written at the end
+results.json          the metrics with intervals, written last: where it is, the evaluation is finished
+====================  ==================================================================================================
+
+Answers are drawn in chunks whose order and seeds are fixed by the settings, and a chunk counts once it is on the disk.
+So an evaluation that was killed, whenever that was, goes on to the very samples that it would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+
+from ctpo.train._run_directory import PROBLEMS, RESULTS, SAMPLES, RunDirectory, read_json
+
+if TYPE_CHECKING:
+    from ctpo.train.data import Problem
+    from ctpo.train.generation import Backend, Generator, Sampling
+    from ctpo.train.rewards import Rewards
+    from ctpo.train.sandbox import Sandbox
+    from ctpo.train.tools import ToolFormat, Tools
+
+__all__ = ["add_arguments", "compare", "comparison_text", "evaluate", "results_text", "run"]
+
+# Answers that are drawn together where `batch_size` is not given; vLLM is fast only with many.
+_BATCH_SIZE = {"transformers": 32, "vllm": 512}
+_MAX_TOKENS = 1024
+_SAMPLES = 8
+_MAX_SAMPLES = 1000
+# Versions of what the samples or their scores depend on.
+_PACKAGES = (
+    "ctpo",
+    "math-verify",
+    "numpy",
+    "pydantic-monty",
+    "reasoning-gym",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "vllm",
+)
+# Bytes at both ends of a file of weights that its fingerprint depends on; every step of training changes them.
+_ENDS = 1 << 20
+# Ids that a message lists.
+_NAMED = 3
+_WIDTH = 80
+
+Note = Callable[[str], None]
+
+
+def evaluate(
+    model: str | Path | Generator,
+    data: str | Path | Sequence[str | Path] | Sequence[Problem],
+    *,
+    output: str | Path,
+    samples: int | None = None,
+    sampling: Sampling | None = None,
+    tools: Tools = "none",
+    max_rounds: int = 8,
+    sandbox: Literal["auto", "bubblewrap", "monty"] | Sandbox = "auto",
+    rewards: str | Mapping[str, float] = "math",
+    seed: int = 0,
+    batch_size: int | None = None,
+    skip_long: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    backend: Backend = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    **loading: Any,
+) -> dict[str, Any]:
+    r"""Draw answers of a model to problems, score them, and report metrics with intervals over problems.
+
+    The directory decides what happens: an empty one is begun, one that an evaluation with the same settings has left
+    unfinished is continued, and from a finished one the results are read. One process at a time may write there.
+
+    Args:
+        model: What `ctpo.train.generation.load_model` takes, or a `Generator` (whose changes cannot be noticed when an
+            evaluation is continued).
+        data: One or several sources for `ctpo.train.data.load_problems`, or problems.
+        output: The directory; made if it does not exist.
+        samples: Answers to each problem, n, 1 to 1000; by default 8, or 1 at temperature 0.
+        sampling: How tokens are drawn; by default 1024 tokens at temperature 1.
+        tools: Whether and how the model may run Python, see `ctpo.train.tools.rollouts`.
+        max_rounds: Most turns with calls.
+        sandbox: Where calls run: a backend of `ctpo.train.sandbox.open_sandbox`, or what that returns.
+        rewards: Specification for `ctpo.train.rewards.Rewards`; the first reward says what is correct.
+        seed: Of all samples, at least 0.
+        batch_size: Answers that are drawn together, and saved together; by default 32, with vLLM 512. Samples depend
+            on it.
+        skip_long: Leave out problems whose prompts do not fit into the model's context, rather than refuse.
+        chat_template_kwargs: Further variables of the chat template, as in {"enable_thinking": False}.
+        backend: As in `ctpo.train.generation.open_generator`.
+        dtype: As there.
+        device: As there.
+        overwrite: Remove what an earlier evaluation has left in the directory, and begin.
+        progress: Report on standard error.
+        **loading: Options of `load_problems`: limit (problems of each source), split, columns, system_prompt,
+            instruction, shuffle_seed and others.
+
+    Returns:
+        What results.json holds: "overall" and, by data source, "sources", each with its "metrics" by name; a metric is
+        a mean over problems with "low" and "high", the ends of its 95% interval (None where there is none).
+
+        ==============  =============================================================================================
+        avg@n           share of correct answers
+        pass@k          probability that one of k answers is correct, unbiased, for every k to n
+        maj@k           probability that the most frequent of k answers is correct, for every k to n
+        reward          weighted sum of the rewards
+        format          share of answers in the form that the reward "format" asks for
+        tokens          tokens that the model wrote for an answer; outputs of tools are not counted
+        tool_calls      calls for an answer
+        truncated       share of answers that the limit of tokens cut
+        out_of_rounds   share of answers that ended with one call more than `max_rounds` allows
+        ==============  =============================================================================================
+
+    Raises:
+        ValueError: An argument is not what it has to be; the directory is in use, or was begun with other settings
+            (the message says which); prompts are too long.
+        OSError: Something cannot be written; what was finished is kept.
+        KeyboardInterrupt: As it came; what was finished is kept.
+
+    Assumptions:
+        See `ctpo.train.metrics` for what the intervals cover. Samples are reproduced exactly on the same machine with
+        the same number of threads; elsewhere rounding may differ, and a token with it. With tools, as far as what the
+        model runs is deterministic.
+
+    Example:
+        >>> from ctpo.train.generation import Sampling
+        >>> found = evaluate(  # doctest: +SKIP
+        ...     "Qwen/Qwen3-0.6B", "aime25.parquet", output="runs/aime25", sampling=Sampling(8192), tools="calls"
+        ... )
+        >>> print(results_text(found))  # doctest: +SKIP
+    """
+    from ctpo.train.generation import Sampling
+    from ctpo.train.rewards import Rewards
+
+    sampling = Sampling(_MAX_TOKENS) if sampling is None else sampling
+    samples = _check_samples(samples, sampling)
+    for name, value, least in (("seed", seed, 0), ("max_rounds", max_rounds, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    note = _note if progress else _silent
+    from ctpo.train import _summary
+
+    with ExitStack() as stack:
+        files = stack.enter_context(RunDirectory(output, overwrite=overwrite))
+        problems, described = _load(data, loading)
+        scorer = stack.enter_context(Rewards(_with_format(rewards)))
+        settings = {
+            "model": _describe_model(model),
+            "data": described,
+            "loading": loading,
+            "samples": samples,
+            "sampling": dataclasses.asdict(sampling),
+            "tools": tools,
+            "max_rounds": max_rounds,
+            "sandbox": sandbox if isinstance(sandbox, str) else {"backend": sandbox.backend, "limits": sandbox.limits},
+            "rewards": list(scorer.weights.items()),
+            "seed": seed,
+            "batch_size": batch_size,
+            "skip_long": skip_long,
+            "chat_template_kwargs": chat_template_kwargs or {},
+            "backend": backend,
+            "dtype": dtype,
+            "device": device,
+        }
+        record = {"settings": _plain(settings), "versions": _versions()}
+        begun = files.settings
+        if begun is not None:
+            _refuse_others(files.path, begun["settings"], record["settings"])
+            if files.results is not None:
+                note(f"{files.path} is finished; to draw again: --overwrite (overwrite=True)")
+                if begun["versions"] != record["versions"]:
+                    note(f"other versions made it: {'; '.join(_changes(begun['versions'], record['versions']))}")
+                return files.results
+        opened = None if tools == "none" else _open_sandbox(sandbox, stack)
+        generator = _open_generator(model, backend, batch_size, dtype, device)
+        draw = _Draw(
+            generator, opened, scorer, problems, sampling, tools, max_rounds, seed, dict(chat_template_kwargs or {})
+        )
+        skipped = draw.leave_out_long(skip_long, note)
+        record["resolved"] = _plain(draw.resolved(batch_size))
+        if begun is None:
+            begun = {**record, "machine": _machine()}
+            files.begin(begun)
+        for part in ("resolved", "versions"):
+            _refuse_others(files.path, begun[part], record[part])
+        chunks = _chunks(len(draw.problems), samples, record["resolved"]["batch_size"])
+        rows = _draw_all(draw, chunks, files, note)
+        table = [
+            _summary.problem_row(problem, rows[start : start + samples])
+            for problem, start in zip(draw.problems, range(0, len(rows), samples), strict=True)
+        ]
+        results = _results(begun, table, files.read_timings(), skipped)
+        files.write(PROBLEMS, lambda file: _summary.write_problems(table, file))
+        files.write_json(RESULTS, results)
+        return results
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+@dataclasses.dataclass
+class _Draw:
+    """Draws and scores the answers of a chunk."""
+
+    generator: Generator
+    sandbox: Sandbox | None
+    scorer: Rewards
+    problems: list[Problem]
+    sampling: Sampling
+    tools: Tools
+    max_rounds: int
+    seed: int
+    template: dict[str, Any]
+
+    @functools.cached_property
+    def form(self) -> ToolFormat:
+        from ctpo.train.tools import tool_format
+
+        return tool_format(
+            self.generator.tokenizer,
+            self.tools,
+            backend="" if self.sandbox is None else self.sandbox.backend,
+            eos_token_ids=self.generator.eos_token_ids,
+            chat_template_kwargs=self.template,
+        )
+
+    def resolved(self, batch_size: int | None) -> dict[str, Any]:
+        """What the defaults have become on this machine; samples depend on it as on what was asked for."""
+        backend = {"TransformersGenerator": "transformers", "VllmGenerator": "vllm"}.get(type(self.generator).__name__)
+        model = getattr(self.generator, "model", None)
+        return {
+            "backend": backend,
+            "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
+            "device": str(getattr(model, "device", None)).partition(":")[0],
+            "context": self.generator.context,
+            "batch_size": batch_size or _BATCH_SIZE.get(backend or "transformers"),
+            "tools": self.form.name,
+            "sandbox": None if self.sandbox is None else self.sandbox.backend,
+        }
+
+    def leave_out_long(self, skip: bool, note: Note) -> list[str]:
+        """Leave out problems whose prompts leave no room for an answer, or refuse them; returns their ids."""
+        context = self.generator.context
+        if context is None:
+            return []
+        lengths = [len(self.form.prompt_ids(problem.prompt)) for problem in self.problems]
+        long = [problem.id for problem, length in zip(self.problems, lengths, strict=True) if length >= context]
+        if long:
+            text = (
+                f"the prompts of {len(long)} of {len(lengths)} problems have {context} tokens or more, which is the "
+                f"model's context: {_named(long)}"
+            )
+            if not skip or len(long) == len(lengths):
+                raise ValueError(f"{text}; --skip-long (skip_long=True) leaves such problems out")
+            note(f"left out: {text}")
+            self.problems = [problem for problem in self.problems if problem.id not in set(long)]
+        cut = sum(context - self.sampling.max_tokens < length < context for length in lengths)
+        if cut:
+            note(
+                f"the model's context of {context} tokens leaves fewer than max_tokens={self.sampling.max_tokens} "
+                f"for {cut} of {len(lengths)} problems"
+            )
+        return long
+
+    def chunk(self, number: int, pairs: Sequence[tuple[int, int]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of the samples of a chunk, and what it took."""
+        from ctpo.train.tools import rollouts
+
+        started = time.perf_counter()
+        problems = [self.problems[problem] for problem, _ in pairs]
+        drawn = rollouts(
+            self.generator,
+            [problem.prompt for problem in problems],
+            sampling=self.sampling,
+            tools=self.tools,
+            sandbox=self.sandbox,
+            max_rounds=self.max_rounds,
+            seed=_chunk_seed(self.seed, number),
+            chat_template_kwargs=self.template,
+        )
+        generated = time.perf_counter()
+        scores = self.scorer.score([one.answer for one in drawn], [problem.row() for problem in problems])
+        rows: list[dict[str, Any]] = [
+            {
+                "chunk": number,
+                "problem": place,
+                "sample": sample,
+                "id": problem.id,
+                "data_source": problem.data_source,
+                "correct": score.correct,
+                "reward": score.total,
+                "parts": score.parts,
+                "failures": score.failures,
+                "answer": score.answer,
+                "tokens": sum(one.sampled),
+                "completion_tokens": len(one.completion_ids),
+                "prompt_tokens": len(one.prompt_ids),
+                "tool_calls": one.tool_calls,
+                "tool_failures": one.tool_failures,
+                "truncated": one.truncated,
+                "out_of_rounds": one.out_of_rounds,
+                "messages": one.messages,
+            }
+            for (place, sample), problem, one, score in zip(pairs, problems, drawn, scores, strict=True)
+        ]
+        timing = {
+            "chunk": number,
+            "tokens": sum(row["tokens"] for row in rows),
+            "generate_seconds": round(generated - started, 3),
+            "score_seconds": round(time.perf_counter() - generated, 3),
+        }
+        return rows, timing
+
+
+def _draw_all(
+    draw: _Draw, chunks: Sequence[Sequence[tuple[int, int]]], files: RunDirectory, note: Note
+) -> list[dict[str, Any]]:
+    """Rows of all samples in order: those that are there, and those that are drawn now."""
+    total = sum(map(len, chunks))
+    rows = files.read_samples(chunks)
+    if rows:
+        note(f"going on after {len(rows)} of {total} samples in {files.path}")
+    with _Progress(total, rows, note) as bar:
+        try:
+            for number in range(rows[-1]["chunk"] + 1 if rows else 0, len(chunks)):
+                added, timing = draw.chunk(number, chunks[number])
+                files.append(added, timing)
+                rows += added
+                bar.update(added)
+        except KeyboardInterrupt:
+            bar.close()
+            note(f"stopped; {len(rows)} of {total} samples are in {files.path}, the same command goes on from there")
+            raise
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise ValueError(
+                f"out of memory with {len(chunks[0])} answers at once: choose a smaller batch_size and, since samples "
+                "depend on it, another directory or overwrite"
+            ) from error
+    return rows
+
+
+def _chunks(problems: int, samples: int, size: int) -> list[list[tuple[int, int]]]:
+    """(problem, sample) pairs in chunks, the samples of a problem together."""
+    pairs = [(problem, sample) for problem in range(problems) for sample in range(samples)]
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _chunk_seed(seed: int, chunk: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(chunk,)).generate_state(1, np.uint64)[0])
+
+
+def _open_sandbox(sandbox: Literal["auto", "bubblewrap", "monty"] | Sandbox, stack: ExitStack) -> Sandbox:
+    from ctpo.train.sandbox import open_sandbox
+
+    return stack.enter_context(open_sandbox(sandbox)) if isinstance(sandbox, str) else sandbox
+
+
+def _open_generator(
+    model: str | Path | Generator, backend: Backend, batch_size: int | None, dtype: str, device: str
+) -> Generator:
+    from ctpo.train.generation import open_generator
+
+    if not isinstance(model, (str, Path)):
+        return model
+    size = batch_size or _BATCH_SIZE["transformers"]
+    return open_generator(model, backend=backend, batch_size=size, dtype=dtype, device=device)
+
+
+def _check_samples(samples: int | None, sampling: Sampling) -> int:
+    if samples is None:
+        return _SAMPLES if sampling.temperature > 0 else 1
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= _MAX_SAMPLES:
+        raise ValueError(f"samples must be an integer from 1 to {_MAX_SAMPLES}, got {samples!r}")
+    if samples > 1 and sampling.temperature == 0:
+        raise ValueError(f"samples must be 1 at temperature 0, where every answer to a problem is alike; got {samples}")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def _load(
+    data: str | Path | Sequence[str | Path] | Sequence[Problem], loading: Mapping[str, Any]
+) -> tuple[list[Problem], list[dict[str, Any]]]:
+    """The problems, and for each source what tells it from another."""
+    from ctpo.train.data import Problem, load_problems
+
+    parts: list[str | Path | Problem] = [data] if isinstance(data, (str, Path)) else list(data)
+    given = [part for part in parts if isinstance(part, Problem)]
+    sources = [part for part in parts if not isinstance(part, Problem)]
+    if not parts or (given and (sources or loading)):
+        what = "problems, which take no options of load_problems" if given else "nothing"
+        raise ValueError(f"data must be sources or problems, at least one; got {what}")
+    loaded = [("problems", given)] if given else [(str(one), load_problems(one, **loading)) for one in sources]
+    seen: dict[tuple[str, str], str] = {}
+    for source, found in loaded:
+        for problem in found:
+            key = (problem.data_source, problem.id)
+            if key in seen:
+                raise ValueError(
+                    f"data: the problem {problem.id!r} of {problem.data_source!r} is in {seen[key]} and in {source}; "
+                    "evaluate them in two directories"
+                )
+            seen[key] = source
+    described = [
+        {"source": source, "problems": len(found), "fingerprint": _digest([problem.row() for problem in found])}
+        for source, found in loaded
+    ]
+    return [problem for _, found in loaded for problem in found], described
+
+
+def _with_format(rewards: str | Mapping[str, float]) -> str | dict[str, float]:
+    """The rewards and "format", which is always reported: with a weight of 0 it is in the parts only."""
+    if isinstance(rewards, Mapping):
+        return {**rewards, **({} if "format" in rewards else {"format": 0.0})}
+    names = [name.strip().partition(":")[0] for name in rewards.split(",")]
+    return rewards if "format" in names or not rewards.strip() else f"{rewards},format:0"
+
+
+def _describe_model(model: str | Path | Generator) -> dict[str, Any]:
+    """The model's name and a fingerprint of what it is."""
+    if not isinstance(model, (str, Path)):
+        return {"name": f"{type(model).__module__}.{type(model).__qualname__}", "fingerprint": None}
+    path = Path(model).expanduser()
+    if path.is_file():
+        fingerprint: str | None = _digest(_ends_of(path))
+    elif path.is_dir():
+        fingerprint = _fingerprint(path)
+    else:
+        fingerprint = _hub_commit(str(model))
+    return {"name": str(model), "fingerprint": fingerprint}
+
+
+def _fingerprint(directory: Path) -> str:
+    """Of the files that a model is made of: small ones whole, of weights the size and both ends."""
+    found: dict[str, Any] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".gguf") or path.match("pytorch_model*.bin") or path.match("adapter*.bin"):
+            found[path.name] = _ends_of(path)
+        elif path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "trainer_state.json":
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists():
+        with contextlib.suppress(ValueError):
+            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+            found["base model"] = _describe_model(str(base))["fingerprint"] if base else None
+    return _digest(found)
+
+
+def _ends_of(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(_ENDS)
+        file.seek(max(0, size - _ENDS))
+        return [size, hashlib.sha256(start + file.read(_ENDS)).hexdigest()]
+
+
+def _hub_commit(name: str) -> str | None:
+    """The commit of a model on the Hub; None where that cannot be found out."""
+    from transformers.utils.hub import cached_file
+
+    for file in ("config.json", "adapter_config.json"):
+        # Whatever befalls the look-up befalls the loading of the model too, which says it better.
+        with contextlib.suppress(Exception):
+            return Path(str(cached_file(name, file))).parent.name
+    return None
+
+
+def _digest(thing: Any) -> str:
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    """What rounding may depend on besides versions."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator}
+
+
+def _refuse_others(path: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if changes := _changes(begun, now):
+        raise ValueError(
+            f"{path} was begun otherwise: {'; '.join(changes)}. Go on with what it was begun with, choose another "
+            "directory, or start again with --overwrite (overwrite=True)"
+        )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, str] = ("there", "now")) -> list[str]:
+    """What differs, in words."""
+    texts: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if key in ("model", "data"):
+            texts += _changed_content(key, old, new, names)
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            texts += [f"{key}.{text}" for text in _changes(old, new, names)]
+        elif old != new:
+            texts.append(f"{key} {_shown(old)} {names[0]}, {_shown(new)} {names[1]}")
+    return texts
+
+
+def _changed_content(key: str, old: Any, new: Any, names: tuple[str, str]) -> list[str]:
+    """What differs in a model or in data, by content: what was moved is still the same."""
+    old, new = ([entry] if isinstance(entry, Mapping) else entry for entry in (old, new))
+    if [entry["fingerprint"] for entry in old] == [entry["fingerprint"] for entry in new]:
+        return []
+    first, second = (", ".join(entry.get("name") or entry["source"] for entry in entries) for entries in (old, new))
+    if first == second:
+        return [f"the {key} {first} has changed in between"]
+    return [f"{key} {first} {names[0]}, {second} {names[1]}"]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, so that settings can be compared with those in a file."""
+    return json.loads(json.dumps(value, default=_json_value))
+
+
+def _json_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _results(
+    begun: Mapping[str, Any],
+    table: Sequence[Mapping[str, Any]],
+    timings: Sequence[Mapping[str, Any]],
+    skipped: Sequence[str],
+) -> dict[str, Any]:
+    from ctpo.train import _summary
+
+    by_source: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        by_source.setdefault(row["data_source"], []).append(row)
+    tokens = sum(timing["tokens"] for timing in timings)
+    seconds = {key: round(sum(timing[key] for timing in timings), 3) for key in ("generate_seconds", "score_seconds")}
+    return {
+        "level": _summary.LEVEL,
+        "overall": _summary.summary(table),
+        "sources": {source: _summary.summary(rows) for source, rows in by_source.items()},
+        "skipped": list(skipped),
+        "timing": {
+            **seconds,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / max(seconds["generate_seconds"], 1e-3), 1),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+        **begun,
+    }
+
+
+def results_text(results: Mapping[str, Any], *, width: int = _WIDTH) -> str:
+    """What `ctpo eval` prints: a table that is Markdown too, and what has to be known to read it.
+
+    Args:
+        results: What `evaluate` returns.
+        width: Columns of the terminal; sources that do not fit come in further tables.
+
+    Returns:
+        Lines without one at the end.
+    """
+    from ctpo.train._summary import result_lines
+
+    settings, resolved, overall = results["settings"], results["resolved"], results["overall"]
+    sampling = settings["sampling"]
+    drawn = [f"{key} {sampling[key]}" for key in ("max_tokens", "temperature")]
+    drawn += [f"{key} {sampling[key]}" for key, off in (("top_p", 1.0), ("top_k", 0)) if sampling[key] != off]
+    tools = "no tools" if resolved["sandbox"] is None else f"tools: {resolved['tools']} in {resolved['sandbox']}"
+    parts = {"overall": overall}
+    if len(results["sources"]) > 1:
+        parts |= results["sources"]
+    samples = settings["samples"]
+    head = (
+        f"{settings['model']['name']}: {_count(overall['problems'], 'problem')}, {_count(samples, 'sample')} of each "
+        f"({', '.join(drawn)}, {tools}, seed {settings['seed']}); [{results['level']:.0%} interval over problems]"
+    )
+    if len(parts) == 1:
+        head = head.replace(": ", f" on {next(iter(results['sources']))}: ", 1)
+    notes = [head, *result_lines(parts, samples, tools=resolved["sandbox"] is not None, width=width)]
+    after = []
+    if failed := overall["failures"]["samples"]:
+        reasons = overall["failures"]["reasons"].items()
+        listed = "; ".join(f"{_one_line(reason)} ({count})" for reason, count in list(reasons)[:_NAMED])
+        after.append(f"! rewards failed on {failed} of {overall['samples']} samples, which count as wrong: {listed}")
+    if results["skipped"]:
+        after.append(f"! left out, longer than the context: {_named(results['skipped'])}")
+    timing = results["timing"]
+    took, scored = (_duration(timing[key]) for key in ("generate_seconds", "score_seconds"))
+    after.append(f"{timing['tokens']} tokens in {took}, {timing['tokens_per_second']} a second; scored in {scored}")
+    return "\n".join(
+        [*_wrapped(notes[0], width), "", *notes[1:], "", *(line for one in after for line in _wrapped(one, width))]
+    )
+
+
+def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
+    """Compare two finished evaluations, problem by problem.
+
+    Paired by data source and id: what makes a problem hard is the same in both, so a difference shows with far fewer
+    problems than two separate intervals would need.
+
+    Args:
+        a: Directory of the first (the baseline).
+        b: Directory of the second.
+
+    Returns:
+        "overall" and, by data source, "sources", each with "problems" and "metrics": the means "a" and "b", their
+        "difference" b - a with the ends "low" and "high" of its 95% interval, "p_value", and the number of problems
+        where b is "larger" and "smaller". pass@k and maj@k are there for every k that both have. "unpaired" lists what
+        could not be paired, "settings" what else differs, "notes" what of it matters to the numbers.
+
+    Raises:
+        ValueError: A directory has no finished evaluation, or they have no problem in common.
+    """
+    from ctpo.train import _summary
+
+    paths = [Path(a), Path(b)]
+    results = [_finished(path) for path in paths]
+    tables = [
+        {(row["data_source"], row["id"]): row for row in _summary.read_problems(str(path / PROBLEMS))} for path in paths
+    ]
+    both = [key for key in tables[0] if key in tables[1]]
+    other_truth = [key for key in both if tables[0][key]["ground_truth"] != tables[1][key]["ground_truth"]]
+    paired = [key for key in both if key not in set(other_truth)]
+    if not paired:
+        raise ValueError(f"{a} and {b} have no problem in common (of the same data source, id and ground truth)")
+    unpaired = {
+        "only_a": [key[1] for key in tables[0] if key not in tables[1]],
+        "only_b": [key[1] for key in tables[1] if key not in tables[0]],
+        "other_ground_truth": [key[1] for key in other_truth],
+    }
+    rows = [[table[key] for key in paired] for table in tables]
+    notes = [
+        f"{_count(len(ids), 'problem')} {what}: {_named(ids)}"
+        for ids, what in (
+            (unpaired["only_a"], "only in A"),
+            (unpaired["only_b"], "only in B"),
+            (unpaired["other_ground_truth"], "with another ground truth in B, left out"),
+        )
+        if ids
+    ]
+    if reworded := sum(first["prompt"] != second["prompt"] for first, second in zip(*rows, strict=True)):
+        notes.append(f"the prompts of {_count(reworded, 'problem')} differ")
+    begun = [result["settings"] for result in results]
+    samples = [one["samples"] for one in begun]
+    if samples[0] != samples[1]:
+        notes.append(
+            f"A has {_count(samples[0], 'sample')} of each problem, B {samples[1]}: avg and the rates use all of them"
+        )
+    same_rewards = begun[0]["rewards"] == begun[1]["rewards"]
+    if not same_rewards:
+        notes.append("the rewards differ, so they are not compared; 'correct' may mean something else, too")
+    for side, result in zip("AB", results, strict=True):
+        if failed := result["overall"]["failures"]["samples"]:
+            notes.append(f"rewards failed on {_count(failed, 'sample')} of {side}, which count as wrong")
+    by_source: dict[str, list[int]] = {}
+    for place, (source, _) in enumerate(paired):
+        by_source.setdefault(source, []).append(place)
+
+    def part(places: Sequence[int]) -> dict[str, Any]:
+        first, second = ([side[place] for place in places] for side in rows)
+        return {"problems": len(places), "metrics": _summary.differences(first, second, rewards=same_rewards)}
+
+    return {
+        "a": {"directory": str(a), "model": begun[0]["model"]["name"], "samples": samples[0]},
+        "b": {"directory": str(b), "model": begun[1]["model"]["name"], "samples": samples[1]},
+        "level": _summary.LEVEL,
+        "overall": part(range(len(paired))),
+        "sources": {source: part(places) for source, places in by_source.items()},
+        "unpaired": unpaired,
+        "settings": _changes(begun[0], begun[1], ("in A", "in B")),
+        "notes": notes,
+    }
+
+
+def comparison_text(comparison: Mapping[str, Any], *, width: int = _WIDTH) -> str:
+    """What `ctpo eval --compare` prints.
+
+    Args:
+        comparison: What `compare` returns.
+        width: Columns of the terminal.
+
+    Returns:
+        Lines without one at the end.
+    """
+    from ctpo.train._summary import comparison_lines
+
+    lines = []
+    for side in "ab":
+        one = comparison[side]
+        lines += _wrapped(f"{side.upper()}: {one['directory']} ({one['model']})", width)
+    parts = comparison["sources"] if len(comparison["sources"]) > 1 else {}
+    for name, part in {"overall": comparison["overall"], **parts}.items():
+        title = f"{name}, {_count(part['problems'], 'problem')}" if parts else _count(part["problems"], "problem")
+        lines += ["", f"{title} [{comparison['level']:.0%} interval of the difference]", "", *comparison_lines(part)]
+    after = [f"! {note}" for note in comparison["notes"]]
+    if comparison["settings"]:
+        after.append(f"settings that differ: {'; '.join(comparison['settings'])}")
+    return "\n".join([*lines, *([""] if after else []), *(line for one in after for line in _wrapped(one, width))])
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    if (path / RESULTS).is_file() and (path / PROBLEMS).is_file():
+        return read_json(path / RESULTS)
+    if (path / SAMPLES).exists():
+        raise ValueError(f"the evaluation in {path} is not finished; the command that began it goes on with it")
+    raise ValueError(f"{path} is not the directory of an evaluation: it has no {RESULTS} and {PROBLEMS}")
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+class _Progress:
+    """A bar on a terminal, else a line per chunk: how far, how good, how fast, how long still."""
+
+    def __init__(self, total: int, rows: Sequence[Mapping[str, Any]], note: Note) -> None:
+        self._total, self._done, self._new = total, len(rows), 0
+        self._right = sum(row["correct"] for row in rows)
+        self._tokens = 0
+        self._note = note
+        self._started = time.perf_counter()
+        self._bar: Any = None
+        if note is not _silent and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._text(), total=total, completed=self._done)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._done += len(rows)
+        self._new += len(rows)
+        self._right += sum(row["correct"] for row in rows)
+        self._tokens += sum(row["tokens"] for row in rows)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=self._text())
+        else:
+            self._note(self._text())
+
+    def _text(self) -> str:
+        parts = [f"{self._done} of {self._total} samples"]
+        if self._done:
+            parts.append(f"avg {self._right / self._done:.2f}")
+        if self._new:
+            seconds = time.perf_counter() - self._started
+            parts.append(f"{self._tokens / seconds:.0f} tokens/s")
+            if self._done < self._total:
+                parts.append(f"{_duration((self._total - self._done) * seconds / self._new)} left")
+        return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else line[:97] + "..."
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    indent = "  " if text.startswith("!") else ""
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ctpo eval`; imports nothing heavy.
+
+    Args:
+        parser: Of the command.
+    """
+    parser.usage = (
+        "%(prog)s MODEL DATA [DATA ...] --output DIR [options]\n       %(prog)s --compare DIR_A DIR_B [--json]"
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory, checkpoint, LoRA adapter, .gguf file or name on the Hub"
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="parquet or JSON lines file, data set directory, hub:ORG/NAME[@SPLIT], reasoning-gym:TASK?size=100, "
+        "arithmetic?difficulty=2&size=100",
+    )
+    parser.add_argument("--output", metavar="DIR", help="where everything is kept; the same command goes on there")
+    parser.add_argument("--overwrite", action="store_true", help="remove what an earlier evaluation left in DIR")
+    parser.add_argument(
+        "--compare", action="store_true", help="compare the finished evaluations in two directories, B - A"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    group = parser.add_argument_group("answers")
+    group.add_argument("--samples", type=int, metavar="N", help="answers to each problem (default: 8; greedy: 1)")
+    group.add_argument("--max-tokens", type=int, default=_MAX_TOKENS, help="of an answer (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
+    group.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables of the chat template: '{"enable_thinking": false}'""",
+    )
+
+    group = parser.add_argument_group("tools and scores")
+    group.add_argument(
+        "--tools",
+        choices=("none", "auto", "calls", "fenced"),
+        default="none",
+        help="let the model run Python: by its template's tool calls, by fenced blocks, or the first if it has them "
+        "(default: none)",
+    )
+    group.add_argument("--max-rounds", type=int, default=8, help="turns with calls (default: %(default)s)")
+    group.add_argument("--sandbox", choices=("auto", "bubblewrap", "monty"), default="auto", help="default: auto")
+    group.add_argument(
+        "--rewards",
+        default="math",
+        metavar="SPEC",
+        help="NAME[:WEIGHT],...: math, format, reasoning-gym, package.module:function; the first says what is correct "
+        "(default: math)",
+    )
+
+    group = parser.add_argument_group("problems")
+    group.add_argument("--limit", type=int, help="problems of each DATA at most")
+    group.add_argument("--shuffle-seed", type=int, help="shuffle with it before the limit")
+    group.add_argument("--split", help="of data sets that have several")
+    group.add_argument("--columns", metavar="FIELD=COLUMN,...", help="prompt=question,ground_truth=target")
+    group.add_argument("--system-prompt", help="in place of the data's own")
+    group.add_argument("--instruction", help="text added to each problem")
+    group.add_argument("--skip-long", action="store_true", help="leave out prompts longer than the model's context")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--batch-size", type=int, help="answers drawn and saved together (default: 32; vLLM: 512)")
+    group.add_argument("--backend", choices=("auto", "transformers", "vllm"), default="auto", help="default: auto")
+    group.add_argument("--dtype", default="auto", help="default: auto, as saved; float32 on a CPU")
+    group.add_argument("--device", default="auto", help="default: auto, a GPU if there is one")
+
+
+def run(options: argparse.Namespace) -> str:
+    """Carry out `ctpo eval`.
+
+    Args:
+        options: What the parser made of the arguments of `add_arguments`.
+
+    Returns:
+        What is to be printed.
+
+    Raises:
+        ValueError: As `evaluate` and `compare`, or a package is missing.
+        OSError: As `evaluate`.
+        SystemExit: With status 130 after Ctrl-C.
+    """
+    width = min(shutil.get_terminal_size((_WIDTH, 0)).columns, 120)
+    try:
+        if options.compare:
+            compared = compare(*_directories(options))
+            return json.dumps(compared, indent=2) if options.json else comparison_text(compared, width=width)
+        results = _evaluate(options)
+        return json.dumps(results, indent=2) if options.json else results_text(results, width=width)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is not installed: pip install "ctpo[train]"') from error
+    except (ImportError, RuntimeError) as error:
+        if type(error).__name__ not in ("ImportError", "SandboxUnavailable"):
+            raise
+        raise ValueError(str(error)) from error
+
+
+def _directories(options: argparse.Namespace) -> tuple[str, str]:
+    """The two arguments of --compare, where no other option has a meaning."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    asked = ("model", "data", "compare", "json")
+    given = [
+        f"--{action.dest.replace('_', '-')}"
+        for action in parser._actions
+        if hasattr(options, action.dest)
+        and action.dest not in asked
+        and getattr(options, action.dest) != parser.get_default(action.dest)
+    ]
+    if given:
+        raise ValueError(f"--compare reads finished evaluations, {', '.join(given)} has no meaning with it")
+    if len(options.data) != 1:
+        raise ValueError(f"--compare needs two directories, got {1 + len(options.data)}")
+    return options.model, options.data[0]
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    if options.output is None:
+        raise ValueError("--output is missing: the directory where the samples and the results are kept")
+    loading: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("limit", "shuffle_seed", "split", "system_prompt", "instruction")
+        if getattr(options, name) is not None
+    }
+    if options.columns is not None:
+        pairs = [part.partition("=") for part in options.columns.split(",")]
+        if not all(field and column for field, _, column in pairs):
+            raise ValueError(f"--columns must be FIELD=COLUMN,FIELD=COLUMN, got {options.columns!r}")
+        loading["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
+    template = None
+    if options.chat_template_kwargs is not None:
+        try:
+            template = json.loads(options.chat_template_kwargs)
+        except ValueError as error:
+            raise ValueError(f"--chat-template-kwargs is not JSON: {error}") from error
+        if not isinstance(template, dict):
+            raise ValueError(f"--chat-template-kwargs must be a JSON object, got {options.chat_template_kwargs}")
+    from ctpo.train.generation import Sampling
+
+    return evaluate(
+        options.model,
+        options.data,
+        output=options.output,
+        samples=options.samples,
+        sampling=Sampling(options.max_tokens, options.temperature, options.top_p, options.top_k),
+        tools=options.tools,
+        max_rounds=options.max_rounds,
+        sandbox=options.sandbox,
+        rewards=options.rewards,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        skip_long=options.skip_long,
+        chat_template_kwargs=template,
+        backend=options.backend,
+        dtype=options.dtype,
+        device=options.device,
+        overwrite=options.overwrite,
+        **loading,
+    )
