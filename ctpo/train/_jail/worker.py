@@ -1,0 +1,284 @@
+"""The program inside the jail: imports NumPy and SymPy once, then forks a process for every session.
+
+The parent, called the zygote here, runs no code of a model. A session's process gives up all that it could misuse
+before it reads the first request; a step that fails ends it.
+
+Messages between host and session are JSON, each after four bytes with its length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import mmap
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+from typing import Any, NoReturn
+
+from . import seccomp  # relative: inside the jail this package has no parent
+from .notebook import Notebook
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# <linux/sched.h>, <sys/mount.h>, <linux/prctl.h>
+_NEW_NAMESPACES = 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE, _MS_REC = 1, 2, 4, 8, 1 << 12, 1 << 13, 1 << 14
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 4, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_PRELOAD = """
+    bisect cmath collections copy csv dataclasses datetime decimal enum fractions functools heapq inspect itertools
+    logging math operator pickle re statistics string tempfile textwrap time typing uuid
+    numpy numpy.random numpy.linalg mpmath sympy
+"""
+
+
+def main() -> None:
+    """Serve sessions until the host closes the control socket."""
+    config: dict[str, Any] = json.loads(sys.argv[1])
+    control = socket.socket(fileno=config["control"])
+    sys.path.remove(config["here"])
+    sys.path += config["path"]
+    for name in _PRELOAD.split():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name.partition(".")[0] not in ("numpy", "mpmath", "sympy"):
+                raise
+    os.environ.clear()
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    _close_all_but(control.fileno())
+    control.set_inheritable(False)
+    gc.collect()
+    gc.freeze()
+    _send(control.fileno(), {"ready": True})
+    if config["nested"]:
+        signal.signal(signal.SIGCHLD, _reap)
+    while True:
+        try:
+            _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        except OSError:
+            return
+        if not descriptors:
+            return
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _session(descriptors[0], config)
+        if not config["nested"]:
+            _attend(control, child)
+            _report(descriptors[0], child, config)  # and the jail ends
+        os.close(descriptors[0])
+
+
+def _reap(*_: object) -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _attend(control: socket.socket, child: int) -> None:
+    """Wait for the end of the one session of this jail; if the host is gone before, end the jail and thereby it."""
+    watch = select.poll()
+    watch.register(control, select.POLLIN)
+    process = os.pidfd_open(child)
+    watch.register(process, select.POLLIN)
+    if process not in dict(watch.poll()):
+        os._exit(0)
+
+
+def _session(descriptor: int, config: dict[str, Any]) -> NoReturn:
+    try:
+        _close_all_but(descriptor)
+        _isolate(descriptor, config)
+        notebook = Notebook(config["output"])
+        _send(descriptor, {"ready": True})
+        while True:
+            request = _receive(descriptor)
+            output, error, late = notebook.run(request["code"], request["timeout"])
+            _send(descriptor, {"id": request["id"], "output": output, "error": error, "timed_out": late})
+    except EOFError:
+        os._exit(0)
+    except BaseException as error:
+        try:
+            _send(descriptor, {"failed": f"{type(error).__name__}: {error}"[:500]})
+        finally:
+            os._exit(1)
+
+
+def _isolate(descriptor: int, config: dict[str, Any]) -> None:
+    """Give up everything; returns in the process that is to run the model's code."""
+    user = config["user"]
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        _prctl(_PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
+    if 0 in (*os.getresuid(), *os.getresgid()):
+        raise PermissionError("a session must not run as root")
+    if config["nested"]:
+        _enter_namespaces(config)
+        child = os.fork()
+        if child:
+            _report(descriptor, child, config)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.chdir("/tmp")
+    os.umask(0o022)
+    _limit(config)
+    _drop_capabilities()
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_DUMPABLE, 0)
+    _reseed()
+    seccomp.install(_libc)
+
+
+def _enter_namespaces(config: dict[str, Any]) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # where memory runs out, a session goes first, not the training run
+    except OSError:
+        pass
+    user, group = os.getuid(), os.getgid()
+    _check(_libc.unshare(_NEW_NAMESPACES), "unshare")
+    for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content)
+    nothing = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    inodes = config["files"] + 1
+    for path in config["under_tmp"]:
+        inodes += path.count("/")
+    staging = config["here"] + "/tmp"
+    _mount("tmpfs", staging, "tmpfs", nothing, f"size={config['tmp']},nr_inodes={inodes},mode=1777")
+    for path in config["under_tmp"]:  # an interpreter that lies in /tmp stays there
+        place = staging + path.removeprefix("/tmp")
+        os.makedirs(place)
+        _mount(path, place, "", _MS_BIND | _MS_REC, "")
+    _mount(staging, "/tmp", "", _MS_MOVE, "")
+    _mount("tmpfs", "/proc", "tmpfs", nothing | _MS_RDONLY, "size=4k,nr_inodes=1,mode=555")
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+    result = _libc.mount(
+        os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
+    )
+    _check(result, f"mount {target}")
+
+
+def _report(descriptor: int, child: int, config: dict[str, Any]) -> NoReturn:
+    """Parent of a session's process: says how it ended."""
+    _, status, usage = os.wait4(child, 0)
+    used_up = usage.ru_utime + usage.ru_stime >= config["cpu"]
+    try:
+        _send(descriptor, {"ended": os.waitstatus_to_exitcode(status), "cpu": used_up})
+    finally:
+        os._exit(0)
+
+
+def _limit(config: dict[str, Any]) -> None:
+    memory = _mapped() + config["memory"]
+    for name, value in (
+        ("CPU", max(1, round(config["cpu"]))),
+        ("FSIZE", config["tmp"]),
+        ("NOFILE", 64),
+        ("NPROC", 0),
+        ("CORE", 0),
+        ("STACK", 8 << 20),
+        ("MEMLOCK", 0),
+        ("MSGQUEUE", 0),
+        ("SIGPENDING", 64),
+        ("NICE", 0),
+        ("RTPRIO", 0),
+        ("AS", memory),
+    ):
+        which = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(which)[1]
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (limit, limit))
+
+
+def _mapped() -> int:
+    """Bytes of address space in use, to 1 MiB: the least limit under which a page can be had; /proc is not there."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    low, high = 0, (1 << 47 if hard == resource.RLIM_INFINITY else hard)
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        resource.setrlimit(resource.RLIMIT_AS, (middle, hard))
+        try:
+            mmap.mmap(-1, mmap.PAGESIZE).close()
+            high = middle
+        except (OSError, MemoryError):
+            low = middle
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    return high
+
+
+def _drop_capabilities() -> None:
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    for capability in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+            break  # the kernel has no such capability, or the bounding set cannot be changed without any
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _check(_libc.capset(header, struct.pack("6I", *[0] * 6)), "capset")
+
+
+def _reseed() -> None:
+    """Else all sessions would draw the same numbers; `random` does it by itself after a fork."""
+    if "numpy" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "sympy" in sys.modules:
+        sys.modules["sympy.core.random"].rng.seed()
+    random.seed()
+
+
+def _close_all_but(descriptor: int) -> None:
+    os.closerange(3, descriptor)
+    os.closerange(descriptor + 1, 1 << 16)
+
+
+def _prctl(option: int, value: int) -> None:
+    _check(_libc.prctl(option, value, 0, 0, 0), f"prctl {option}")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _send(
+    descriptor: int, message: dict[str, Any], *, write: Any = os.write, dumps: Any = json.dumps, pack: Any = struct.pack
+) -> None:
+    data = dumps(message).encode()
+    data = pack("!I", len(data)) + data
+    while data:
+        data = data[write(descriptor, data) :]
+
+
+def _receive(descriptor: int, *, loads: Any = json.loads, unpack: Any = struct.unpack) -> dict[str, Any]:
+    (length,) = unpack("!I", _read(descriptor, 4))
+    request: dict[str, Any] = loads(_read(descriptor, length))
+    return request
+
+
+def _read(descriptor: int, count: int, *, read: Any = os.read) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = read(descriptor, count - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
