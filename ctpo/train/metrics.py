@@ -44,8 +44,8 @@ Bounds = tuple[float, float] | None
 
 # Values whose spread is below this share of their size (or of the bounds' distance) are equal up to rounding.
 _ROUNDING = 1e-12
-# The sum of squares of one more problem (or sample) with the largest variance in [0, 1], that of a fair coin.
-_ONE_COIN = 0.25
+# The largest variance of values in [0, 1], that of a fair coin.
+_COIN = 0.25
 # C(n, k) must be a float64.
 _MAX_VOTERS = 1000
 
@@ -319,7 +319,7 @@ def mean_interval(values: Values, *, level: float = 0.95, bounds: Bounds = (0.0,
     width = high - low
     share = min(max((mean - low) / width, 0.0), 1.0)
     largest = (count - 1) * share * (1 - share)
-    phi = (squares / width**2 + _ONE_COIN) / (largest + _ONE_COIN)
+    phi = (squares / width**2 + _COIN) / (largest + _COIN)
     ends = _wilson(share, count / phi, t)
     return Interval(mean, low + width * ends[0], low + width * ends[1], level, count)
 
@@ -334,11 +334,11 @@ def sampling_interval(samples: Sequence[Sequence[float]], *, level: float = 0.95
 
     .. math::
         s^2 = \frac{\sum_i s_i^2 / n_i}{\sum_i 1 / n_i}, \qquad
-        \phi = \frac{\nu s^2 + 1/4}{\nu\,\bar x (1 - \bar x) + 1/4}, \qquad
-        \nu = \sum_i (n_i - 1)
+        \phi = \frac{s^2 + 1/(2P)}{\bar x (1 - \bar x) + 1/(2P)}, \qquad
+        \nu = \frac{(\sum_i 1 / n_i)^2}{\sum_i 1 / (n_i^2 (n_i - 1))}
 
-    in place of phi, P^2 / (phi sum_i 1 / n_i) effective samples, and the t distribution with Satterthwaite's
-    degrees of freedom.
+    in place of phi (two more problems whose samples are tosses of a coin are added), P^2 / (phi sum_i 1 / n_i)
+    effective samples and nu degrees of freedom; with n samples of each problem these are P n / phi and P (n - 1).
 
     Args:
         samples: The values of the samples of each problem, in [0, 1]; lengths may differ.
@@ -373,19 +373,18 @@ def sampling_interval(samples: Sequence[Sequence[float]], *, level: float = 0.95
         return Interval(mean, math.nan, math.nan, level, count, reason)
     n = np.asarray(lengths, dtype=np.float64)
     parts = np.asarray([np.var(np.asarray(values, dtype=np.float64), ddof=1) for values in samples]) / n
-    degrees = float((n - 1).sum())
-    within = degrees * float(parts.sum() / (1 / n).sum())
-    phi = (within + _ONE_COIN) / (degrees * mean * (1 - mean) + _ONE_COIN)
-    spread = float((parts**2 / (n - 1)).sum())
-    satterthwaite = float(parts.sum()) ** 2 / spread if spread > 0 else degrees
-    low, high = _wilson(mean, count**2 / float((1 / n).sum()) / phi, _student(level, satterthwaite))
+    within = float(parts.sum() / (1 / n).sum())
+    phi = (within + 2 * _COIN / count) / (mean * (1 - mean) + 2 * _COIN / count)
+    degrees = float((1 / n).sum() ** 2 / (1 / (n**2 * (n - 1))).sum())
+    low, high = _wilson(mean, count**2 / float((1 / n).sum()) / phi, _student(level, degrees))
     return Interval(mean, low, high, level, count)
 
 
 def compare_paired(a: Values, b: Values, *, level: float = 0.95, bounds: Bounds = (0.0, 1.0)) -> Comparison:
     r"""Difference of two runs on the same problems, b minus a: is there one beyond the choice of problems?
 
-    Student's t for the differences d_i = b_i - a_i of the P problems; interval and p-value come from the same
+    Student's t for the differences d_i = b_i - a_i of the P problems, cut at the largest difference that the
+    bounds allow; interval and p-value come from the same
     statistic, so that p <= 1 - level exactly where the interval leaves out zero. Where all differences are
     equal (to c; most often to 0) they have no spread to go by. What such a sample does show is that another
     difference is rare: with probability 1 - alpha / 2, at most a share
@@ -402,8 +401,8 @@ def compare_paired(a: Values, b: Values, *, level: float = 0.95, bounds: Bounds 
         bounds: Smallest and largest value that is possible for a and b, or None.
 
     Returns:
-        The comparison. NaN as ends, with the reason, for a single problem and for equal differences without
-        bounds; then the p-value is 1 for differences of 0 and NaN for others.
+        The comparison. NaN as ends and p-value, with the reason, for a single problem and for equal differences
+        without bounds (differences of 0 have the p-value 1 there, too).
 
     Raises:
         ValueError: As `mean_interval`, or a and b differ in length.
@@ -450,16 +449,17 @@ def compare_paired(a: Values, b: Values, *, level: float = 0.95, bounds: Bounds 
         )
 
     nothing = (math.nan, math.nan)
-    without_bounds = 1.0 if mean == 0 else math.nan
     if count == 1:
-        return comparison(nothing, without_bounds, "one problem has no spread over problems")
+        return comparison(nothing, math.nan, "one problem has no spread over problems")
     if not _all_equal(difference, float(size.max())):
         error = math.sqrt(float(difference.var(ddof=1)) / count)
         half = _student(level, count - 1) * error
         p_value = 2 * float(stdtr(count - 1, -abs(mean) / error))
-        return comparison((mean - half, mean + half), p_value)
+        # No limit where there are no bounds.
+        return comparison((max(mean - half, low - high), min(mean + half, high - low)), p_value)
     if bounds is None:
-        return comparison(nothing, without_bounds, "all differences are equal, and nothing bounds the others")
+        reason = "all differences are equal, and nothing bounds the others"
+        return comparison(nothing, 1.0 if mean == 0 else math.nan, reason)
     width = high - low
     rare = -math.expm1(math.log((1 - level) / 2) / count)
     p_value = min(1.0, 2 * math.exp(-count * math.log1p(abs(mean) / width)))
