@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -65,6 +64,8 @@ class RunDirectory:
             self._lock = None
 
     def _take(self, lock: IO[str]) -> None:
+        import fcntl  # not on Windows, where the other commands work
+
         status = os.fstat(lock.fileno())
         identity = (status.st_dev, status.st_ino)
         try:

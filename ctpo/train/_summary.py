@@ -134,6 +134,8 @@ def summary(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, (values, bounds) in metrics(table, n).items():
         interval = _ends(mean_interval(values, level=LEVEL, bounds=bounds))
+        if name in ("tokens", "tool_calls") and interval["low"] is not None:
+            interval["low"] = max(interval["low"], 0.0)
         if name == "avg":
             name = f"avg@{n}"
             again = sampling_interval([row["sample_correct"] for row in table], level=LEVEL)
@@ -152,13 +154,14 @@ def differences(
     a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], *, rewards: bool
 ) -> dict[str, dict[str, Any]]:
     """Paired differences b - a of all metrics; `rewards` says whether both have the same rewards."""
-    sizes = min(min(row["n"] for row in table) for table in (a, b))
+    n = {row["n"] for table in (a, b) for row in table}
+    sizes = min(n)
     found = {}
     for (name, (first, bounds)), (second, _) in zip(metrics(a, sizes).items(), metrics(b, sizes).values(), strict=True):
         if name == "reward" and not rewards:
             continue
         one = compare_paired(first, second, level=LEVEL, bounds=bounds)
-        found[name] = {
+        found[f"avg@{sizes}" if name == "avg" and len(n) == 1 else name] = {
             "a": one.mean_a,
             "b": one.mean_b,
             "difference": one.difference,
@@ -174,9 +177,14 @@ def differences(
 
 def result_lines(parts: Mapping[str, Mapping[str, Any]], n: int, *, tools: bool, width: int) -> list[str]:
     """A table of metrics (rows) by data source (columns), in blocks of columns that fit."""
-    everything = parts["overall"]["metrics"]
-    shown = [f"avg@{n}", *(f"pass@{k}" for k in _powers(n) if k > 1), *([f"maj@{n}"] if n > 1 else [])]
-    if any(part["metrics"]["reward"]["mean"] != part["metrics"][shown[0]]["mean"] for part in parts.values()):
+    average = f"avg@{n}"
+    shown = [
+        average,
+        *(["same problems"] if n > 1 else []),
+        *(f"pass@{k}" for k in _powers(n) if k > 1),
+        *([f"maj@{n}"] if n > 1 else []),
+    ]
+    if any(part["metrics"]["reward"]["mean"] != part["metrics"][average]["mean"] for part in parts.values()):
         shown.append("reward")
     shown += [
         "format",
@@ -188,10 +196,12 @@ def result_lines(parts: Mapping[str, Mapping[str, Any]], n: int, *, tools: bool,
     columns = []
     for name, part in parts.items():
         digits = _digits(part["problems"])
-        cells = [name, str(part["problems"]), *(_cell(part["metrics"][key], _spec(key, digits)) for key in shown)]
-        columns.append(cells)
+        found = dict(part["metrics"])
+        if "same problems" in shown:
+            ends = {key: found[average][f"sampling_{key}"] for key in ("low", "high")}
+            found["same problems"] = {"mean": None, **ends}
+        columns.append([name, str(part["problems"]), *(_cell(found[key], _spec(key, digits)) for key in shown)])
     head = ["", "problems", *(_title(key) for key in shown)]
-    assert set(shown) <= set(everything)
     lines: list[str] = []
     while columns:
         take = 1
@@ -207,11 +217,10 @@ def comparison_lines(part: Mapping[str, Any]) -> list[str]:
     found, digits = part["metrics"], _digits(part["problems"])
     sizes = max(int(name.removeprefix("pass@")) for name in found if name.startswith("pass@"))
     passes = [f"pass@{k}" for k in _powers(sizes) if k > 1]
-    shown = ["avg", *passes, *([f"maj@{sizes}"] if sizes > 1 else []), "reward", "format", "tokens", "tool_calls"]
+    shown = [next(iter(found)), *passes, *([f"maj@{sizes}"] if sizes > 1 else []), "reward", "format", "tokens"]
+    shown = [name for name in shown if name in found]
+    shown += [name for name in ("tool_calls", "truncated", "out_of_rounds") if found[name]["a"] or found[name]["b"]]
     columns: list[list[str]] = [["", *map(_title, shown)], ["A"], ["B"], ["B - A"], ["p"]]
-    if "reward" not in found:
-        shown.remove("reward")
-        columns[0].remove("reward")
     for name in shown:
         one, spec = found[name], _spec(name, digits)
         signed = f"+{spec}"
@@ -242,8 +251,9 @@ def _spec(name: str, digits: int) -> str:
 
 
 def _cell(interval: Mapping[str, Any], spec: str) -> str:
-    mean = f"{interval['mean']:{spec}}"
-    return mean if interval["low"] is None else f"{mean} [{interval['low']:{spec}}, {interval['high']:{spec}}]"
+    mean = "" if interval["mean"] is None else f"{interval['mean']:{spec}} "
+    ends = "" if interval["low"] is None else f"[{interval['low']:{spec}}, {interval['high']:{spec}}]"
+    return f"{mean}{ends}".strip()
 
 
 def _table(columns: Sequence[Sequence[str]]) -> list[str]:

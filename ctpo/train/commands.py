@@ -38,6 +38,7 @@ def add_commands(commands: Any) -> None:
     _add_sandbox(commands)
     _add_score(commands)
     _add_data(commands)
+    _add_eval(commands)
 
 
 # ------------------------------------------------------------------------------------------------------------- sandbox
@@ -177,7 +178,7 @@ def _add_data(commands: Any) -> None:
     show.set_defaults(run=_show)
 
 
-def _add_loading(parser: argparse.ArgumentParser) -> None:
+def _add_loading(parser: argparse._ActionsContainer) -> None:
     """Options of `load_problems`."""
     parser.add_argument("--split", metavar="NAME", help="of a dataset that has several")
     parser.add_argument("--columns", metavar="A=B,..", help="field=column for files with other names")
@@ -206,3 +207,23 @@ def _show(options: argparse.Namespace) -> str:
         on_bad_row="skip" if options.skip_bad_rows else "error",
         width=max(60, min(120, shutil.get_terminal_size().columns - 2)),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+def _add_eval(commands: Any) -> None:
+    from ctpo.train import evaluation
+
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a model on problems, go on with that, or compare two evaluations",
+        description="Draw answers of a model to problems, score them, and print metrics with intervals over\n"
+        "problems. Everything is kept in DIR: the same command goes on where it was stopped, even\n"
+        "killed, and prints the results again once it is finished.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_SOURCES,
+    )
+    evaluation.add_arguments(parser)
+    _add_loading(parser.add_argument_group("problems"))
+    parser.set_defaults(run=evaluation.run)

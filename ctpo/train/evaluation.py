@@ -70,6 +70,8 @@ _PACKAGES = (
 )
 # Bytes at both ends of a file of weights that its fingerprint depends on; every step of training changes them.
 _ENDS = 1 << 20
+# Options of `load_problems` that the command line has.
+_LOADING = ("split", "columns", "drop", "system_prompt", "instruction", "shuffle_seed", "limit")
 # Ids that a message lists.
 _NAMED = 3
 _WIDTH = 80
@@ -195,7 +197,7 @@ def evaluate(
             "dtype": dtype,
             "device": device,
         }
-        record = {"settings": _plain(settings), "versions": _versions()}
+        record = {"settings": _plain(settings), "versions": _versions(), "machine": _machine()}
         begun = files.settings
         if begun is not None:
             _refuse_others(files.path, begun["settings"], record["settings"])
@@ -212,8 +214,11 @@ def evaluate(
         skipped = draw.leave_out_long(skip_long, note)
         record["resolved"] = _plain(draw.resolved(batch_size))
         if begun is None:
-            begun = {**record, "machine": _machine()}
+            begun = record
             files.begin(begun)
+        if begun["machine"] != record["machine"]:
+            changes = "; ".join(_changes(begun["machine"], record["machine"]))
+            note(f"begun on another machine, where rounding may differ and samples with it: {changes}")
         for part in ("resolved", "versions"):
             _refuse_others(files.path, begun[part], record[part])
         chunks = _chunks(len(draw.problems), samples, record["resolved"]["batch_size"])
@@ -857,7 +862,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `ctpo eval`; imports nothing heavy.
+    """Add the arguments of `ctpo eval`, all but those of `load_problems`; imports nothing heavy.
 
     Args:
         parser: Of the command.
@@ -913,27 +918,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: math)",
     )
 
-    group = parser.add_argument_group("problems")
-    group.add_argument("--limit", type=int, help="problems of each DATA at most")
-    group.add_argument("--shuffle-seed", type=int, help="shuffle with it before the limit")
-    group.add_argument("--split", help="of data sets that have several")
-    group.add_argument("--columns", metavar="FIELD=COLUMN,...", help="prompt=question,ground_truth=target")
-    group.add_argument("--system-prompt", help="in place of the data's own")
-    group.add_argument("--instruction", help="text added to each problem")
-    group.add_argument("--skip-long", action="store_true", help="leave out prompts longer than the model's context")
-
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", type=int, help="answers drawn and saved together (default: 32; vLLM: 512)")
     group.add_argument("--backend", choices=("auto", "transformers", "vllm"), default="auto", help="default: auto")
     group.add_argument("--dtype", default="auto", help="default: auto, as saved; float32 on a CPU")
     group.add_argument("--device", default="auto", help="default: auto, a GPU if there is one")
+    group.add_argument("--skip-long", action="store_true", help="leave out prompts longer than the model's context")
 
 
 def run(options: argparse.Namespace) -> str:
     """Carry out `ctpo eval`.
 
     Args:
-        options: What the parser made of the arguments of `add_arguments`.
+        options: What the parser made of the arguments of `add_arguments`, and of `load_problems`' in text form.
 
     Returns:
         What is to be printed.
@@ -964,13 +961,11 @@ def _directories(options: argparse.Namespace) -> tuple[str, str]:
     """The two arguments of --compare, where no other option has a meaning."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    asked = ("model", "data", "compare", "json")
+    defaults = vars(parser.parse_args(["", ""])) | dict.fromkeys(_LOADING)
     given = [
-        f"--{action.dest.replace('_', '-')}"
-        for action in parser._actions
-        if hasattr(options, action.dest)
-        and action.dest not in asked
-        and getattr(options, action.dest) != parser.get_default(action.dest)
+        f"--{name.replace('_', '-')}"
+        for name, default in defaults.items()
+        if name not in ("model", "data", "compare", "json") and getattr(options, name, default) != default
     ]
     if given:
         raise ValueError(f"--compare reads finished evaluations, {', '.join(given)} has no meaning with it")
@@ -982,16 +977,14 @@ def _directories(options: argparse.Namespace) -> tuple[str, str]:
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.output is None:
         raise ValueError("--output is missing: the directory where the samples and the results are kept")
-    loading: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("limit", "shuffle_seed", "split", "system_prompt", "instruction")
-        if getattr(options, name) is not None
-    }
-    if options.columns is not None:
-        pairs = [part.partition("=") for part in options.columns.split(",")]
+    loading = {name: getattr(options, name) for name in _LOADING if getattr(options, name) is not None}
+    if "columns" in loading:
+        pairs = [part.partition("=") for part in loading["columns"].split(",")]
         if not all(field and column for field, _, column in pairs):
             raise ValueError(f"--columns must be FIELD=COLUMN,FIELD=COLUMN, got {options.columns!r}")
         loading["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
+    if "drop" in loading:
+        loading["drop"] = loading["drop"].split(",")
     template = None
     if options.chat_template_kwargs is not None:
         try:
@@ -1002,6 +995,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--chat-template-kwargs must be a JSON object, got {options.chat_template_kwargs}")
     from ctpo.train.generation import Sampling
 
+    if not sys.stderr.isatty():
+        # Of progress, a log gets the lines from here.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     return evaluate(
         options.model,
         options.data,
