@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -121,6 +122,21 @@ def harmless(name: str) -> bool:
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
+# At least four letters: not a product of variables.
+_WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-Za-z]{4}[A-Za-z\s]*)\)?\s*\}?", re.ASCII)
+_THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:(?:\\[,;:! ]|\{,\}|~|\s)\d{3})+)(\.\d+)?", re.ASCII)
+_EXPONENT = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
+
+
+def plain_number(text: str) -> str:
+    r"""Of a text that is nothing else, 1\,000 as 1000 and 1e3 as 1 \cdot 10^{3}: math-verify reads them as products."""
+    if found := _THOUSANDS.fullmatch(text):
+        return found[1] + re.sub(r"\D", "", found[2]) + (found[3] or "")
+    if found := _EXPONENT.fullmatch(text):
+        return rf"{found[1]} \cdot 10^{{{int(found[2])}}}"
+    return text
+
+
 def math_scorer() -> Scorer:
     """math-verify's verdict, then the key of the answer."""
     import math_verify
@@ -135,11 +151,16 @@ def math_scorer() -> Scorer:
         def direct(text: str) -> list[Any]:
             return math_verify.parse(text, parsing_timeout=None, raise_on_error=True)
 
+        text = plain_number(text)
         marked = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
         if not whole:
             return direct(text)
         found = direct(text) if marked else []
         return found or direct(rf"\boxed{{{text}}}")
+
+    @functools.lru_cache(256)  # a ground truth comes with every response of its group
+    def truth(text: str) -> list[Any]:
+        return parse(text, True)
 
     def equal(gold: list[Any], found: list[Any]) -> bool:
         try:
@@ -187,9 +208,11 @@ def math_scorer() -> Scorer:
         texts = request["ground_truth"]
         same = whole and any(text.split() == answer.split() for text in texts)
         found = parse(answer, whole)
-        value = same or any(equal(parse(text, True), found) for text in texts)
+        value = same or any(equal(truth(text), found) for text in texts)
         yield {"value": float(value)}
-        if found:
+        if words := _WORDS.fullmatch(answer):
+            yield {"answer": " ".join(words[1].lower().split())}
+        elif found:
             with contextlib.suppress(Exception):
                 yield {"answer": key(found[0])}
 

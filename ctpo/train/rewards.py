@@ -314,17 +314,16 @@ class _Pool:
         outcomes: list[dict[str, Any]] = [{} for _ in requests]
         waiting = deque(range(len(requests)))
         while True:
-            busy = [worker for worker in self.workers if worker.task is not None]
             for worker in [worker for worker in self.workers if worker.ready and worker.task is None]:
-                if waiting:
+                while waiting and worker.task is None:
                     task = waiting.popleft()
                     try:
                         worker.outgoing += _framed({"task": task, **requests[task]})
                     except (TypeError, ValueError) as error:
                         outcomes[task] = {"failure": f"{type(error).__name__}: {error}"}
-                        continue
-                    worker.task, worker.deadline = task, time.monotonic() + self.timeout
-                    busy.append(worker)
+                    else:
+                        worker.task, worker.deadline = task, time.monotonic() + self.timeout
+            busy = [worker for worker in self.workers if worker.task is not None]
             starting = [worker for worker in self.workers if not worker.ready]
             if not waiting and not busy and not (start_one and not any(worker.ready for worker in self.workers)):
                 return outcomes
@@ -362,8 +361,10 @@ class _Pool:
                         del worker.outgoing[: os.write(worker.requests, worker.outgoing[: 1 << 20])]
                 else:
                     self._receive(worker, outcomes)
-            except (OSError, ValueError):  # it is gone, or what it sent is no message
+            except OSError:
                 self._lost(worker, "", outcomes)
+            except ValueError:
+                self._lost(worker, "crashed (what it sent is no message)", outcomes)
         now = time.monotonic()
         for worker in workers:
             if worker in self.workers and worker.deadline <= now:
@@ -375,7 +376,9 @@ class _Pool:
             raise ConnectionError
         worker.incoming += data
         for message in worker.messages():
-            if "error" in message:
+            if not isinstance(message, dict):
+                raise ValueError
+            if "error" in message and not worker.ready:
                 self.workers.discard(worker)
                 worker.kill()
                 raise _WorkerError(message["error"])
@@ -404,7 +407,7 @@ class _Pool:
         ended = worker.kill()
         if not worker.ready:
             late = f"not ready after {_STARTUP_SECONDS:.0f} seconds"
-            raise _WorkerError(f"a worker did not start: {late if why else ended}")
+            raise _WorkerError(f"a worker did not start: {late if why == 'timeout' else why or ended}")
         if worker.task is not None and "value" not in outcomes[worker.task]:
             outcomes[worker.task] = {"failure": why or ended}
 
@@ -551,7 +554,7 @@ class Rewards:
         column of the table of completions.
 
         Returns:
-            A function that gives the total of each completion, never None.
+            A function with the name "total" that gives that of each completion, never None.
 
         Example:
             >>> with Rewards("format") as rewards:
@@ -560,7 +563,7 @@ class Rewards:
             [1.0]
         """
 
-        def rewards(
+        def total(
             prompts: Sequence[Any],
             completions: Sequence[Any],
             completion_ids: Any = None,
@@ -585,7 +588,7 @@ class Rewards:
                 log_extra("reward_failures", texts)
             return [score.total for score in scores]
 
-        return rewards
+        return total
 
     def close(self) -> None:
         """End the workers."""
