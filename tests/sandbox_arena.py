@@ -39,12 +39,20 @@ import builtins, decimal, locale, math, os, resource, signal, sys, threading
 print(names, sys.path, sys.getrecursionlimit(), [getattr(f, "__name__", type(f).__name__) for f in sys.meta_path])
 import sympy
 x = sympy.Symbol("x")
-print(sympy.integrate(x * sympy.exp(x), x), sympy.simplify("(x**2 - 1)/(x - 1)"), sympy.Integer(7), sum([1, 2]))
+print(sympy.expand((x + 1) ** 2), sympy.Integer(7), sympy.integrate.__module__, sympy.simplify.__module__, sum([1, 2]))
 print(math.sqrt(9.0), len("ab"), decimal.getcontext().prec, locale.setlocale(locale.LC_ALL), sys.gettrace())
 print(sorted(os.environ.items()), os.getcwd(), sorted(os.listdir("/tmp")), os.umask(0o22), threading.active_count())
-print([signal.getsignal(n) in (signal.SIG_DFL, None) for n in range(1, 65)], signal.getitimer(signal.ITIMER_REAL))
-print([resource.getrlimit(n) for n in range(16)], os.nice(0), sorted(os.sched_getaffinity(0)), os.getuid(), os.getpid())
-print(sorted(int(n) for n in os.listdir("/proc") if n.isdigit()), sorted(os.listdir("/proc/self/fd")))
+print([signal.getsignal(n) in (signal.SIG_DFL, None) for n in range(1, 65)], signal.getitimer(signal.ITIMER_PROF))
+print([resource.getrlimit(n) for n in range(16) if n != resource.RLIMIT_AS], os.getpriority(os.PRIO_PROCESS, 0))
+print(resource.getrlimit(resource.RLIMIT_AS)[0] >> 26, sorted(os.sched_getaffinity(0)), os.getuid(), os.getpid())
+opened = []
+for fd in range(64):
+    try:
+        os.fstat(fd)
+        opened.append(fd)
+    except OSError:
+        pass
+print(opened, sorted(name for name in os.listdir("/proc") if name.isdigit()))
 """,
     "monty": """
 import math, sys
@@ -319,7 +327,9 @@ class Arena:
         if neighbor.output != host.neighbor + "\n" or neighbor.restarted:
             outcome.damage.append(f"the other session: {neighbor}")
         if (found := self._probe()) != self.surroundings:
-            outcome.damage.append(f"a new session differs: {found!r} instead of {self.surroundings!r}")
+            pairs = zip(found.splitlines(), self.surroundings.splitlines(), strict=False)
+            differing = [pair for pair in pairs if pair[0] != pair[1]]
+            outcome.damage.append(f"a new session differs (now, before): {differing or found}")
         self._left(outcome)
         return outcome
 

@@ -24,7 +24,10 @@ ESCAPED = "ESCAPED"
 SECRET = r"canary-[0-9a-f]{32}"
 
 # Errors by which the kernel refuses.
-DENIED = r"^(PermissionError|FileNotFoundError|OSError|ConnectionRefusedError|ProcessLookupError|gaierror|URLError)\b"
+DENIED = (
+    r"^(PermissionError|FileNotFoundError|OSError|ConnectionRefusedError|ProcessLookupError"
+    r"|socket\.gaierror|urllib\.error\.URLError)\b"
+)
 SAID = "^contained: "
 LIMIT = r"^stopped at the time limit"
 MEMORY = r"^(MemoryError|numpy\._core\._exceptions\._ArrayMemoryError|OSError)\b"
@@ -54,7 +57,7 @@ class Attack:
     tries: str
     code: str
     contained: str = DENIED
-    monty: str = r"^\w+(Error|Exit|Interrupt|Exception)\b"
+    monty: str = r"^contained: |^[\w.]+(Error|Exit|Interrupt|Exception)\b|^stopped at"
     control: bool = False
     timeout: float = 5.0
     after: tuple[str, str] = ("print('after', 6 * 7)", "after 42\n")
@@ -302,8 +305,10 @@ _add(
     "homes",
     "lists the home folders",
     """
-import glob, os
-found = [*glob.glob("/root/*"), *glob.glob("/root/.*"), *glob.glob("/home/*")]
+import glob, sys
+found = [*glob.glob("/root/*"), *glob.glob("/root/.*"), *glob.glob("/home/*"), *glob.glob("/home/*/.*")]
+# The folders above the interpreter are there, with nothing else in them.
+found = [path for path in found if not sys.base_prefix.startswith(path)]
 escaped(found) if found else print("contained: no home folders")
 """,
     contained=SAID,
@@ -753,7 +758,7 @@ _add(
 import os
 os.killpg(0, 9)
 """,
-    contained=LOST,
+    contained=f"{LOST}|{DENIED}",
 )
 _add(
     "kill_victim",
@@ -1102,7 +1107,7 @@ _add(
     SYSCALL
     + """
 import glob
-opened = []
+opened, reason = [], OSError(2, "no processes to be seen")
 for path in glob.glob("/proc/[0-9]*/ns/*"):
     try:
         syscall("setns", os.open(path, os.O_RDONLY), 0)
@@ -1284,7 +1289,7 @@ while True:
         pass
 """,
     contained=f"{LIMIT}|{LOST}",
-    timeout=1.5,
+    timeout=0.7,
 )
 _add(
     "memory_of_children",
@@ -1306,7 +1311,8 @@ try:
         children.append(child)
 except OSError as error:
     print("contained:", error.strerror)
-time.sleep(60)
+if children:
+    time.sleep(60)
 """,
     contained=f"{LIMIT}|{LOST}|{SAID}|{DENIED}",
     timeout=2.5,
@@ -1317,7 +1323,7 @@ _add(
     """
 import zlib
 packer = zlib.compressobj(9)
-packed = b"".join(packer.compress(bytes(2**20)) for i in range(2048)) + packer.flush()
+packed = b"".join(packer.compress(bytes(2**20)) for i in range(768)) + packer.flush()
 len(zlib.decompress(packed))
 """,
     contained=f"{MEMORY}|{LIMIT}",
@@ -1508,7 +1514,7 @@ while True:
         pass
 """,
     contained=f"{LIMIT}|{LOST}",
-    timeout=1.5,
+    timeout=0.7,
 )
 _add(
     "fork_then_raise",
@@ -1555,7 +1561,7 @@ while True:
     print('x' * 1000)
 """,
     contained=f"{LIMIT}|{LOST}|^OSError",
-    timeout=1.0,
+    timeout=0.7,
 )
 _add(
     "one_print",
@@ -1586,7 +1592,7 @@ for i in range(100_000):
     print(i)
 """,
     contained=f"{OUTPUT}|{LIMIT}",
-    monty=f"{OUTPUT}|^\\w+Error",
+    monty=f"{OUTPUT}|^[\\w.]+Error",
 )
 _add(
     "stderr_bomb",
@@ -1597,7 +1603,7 @@ while True:
     sys.stderr.write('x' * 1000)
 """,
     contained=f"{LIMIT}|{LOST}|^OSError",
-    timeout=1.0,
+    timeout=0.7,
 )
 _add(
     "raw_output",
@@ -1609,14 +1615,14 @@ while True:
     os.write(2, b'y' * 4096)
 """,
     contained=f"{LIMIT}|{LOST}|{DENIED}|^BlockingIOError|^BrokenPipeError",
-    timeout=1.0,
+    timeout=0.7,
 )
 _add(
     "huge_error",
     "raises an error with a huge message",
     "raise ValueError('x' * 20_000_000)",
-    contained=r"^ValueError: x|xxx$|cut|MemoryError",
-    monty=r"^ValueError: x|xxx$|cut|^MemoryError",
+    contained=r"x{50}|cut|MemoryError",
+    monty=r"x{50}|cut|^MemoryError",
 )
 _add(
     "error_chain",
@@ -1630,7 +1636,7 @@ def f(n):
 f(0)
 """,
     contained=r"^(ZeroDivisionError|ValueError)",
-    monty=r"^(ZeroDivisionError|ValueError|\w+Error)",
+    monty=r"^(ZeroDivisionError|ValueError|[\w.]+Error)",
 )
 _add(
     "surrogates",
@@ -1640,7 +1646,7 @@ print('\\ud800\\udfff\\x00\\x1b]0;x\\x07\\r')
 raise ValueError('\\udcff')
 """,
     contained=r"^(ValueError|UnicodeEncodeError)",
-    monty=r"^(ValueError|\w+Error)|no error",
+    monty=r"^(ValueError|[\w.]+Error)|no error",
 )
 _add(
     "broken_repr",
@@ -1652,7 +1658,7 @@ class A:
 A()
 """,
     contained=r"^SystemExit|^no error",
-    monty=r"^SystemExit|^no error|^\w+Error",
+    monty=r"^SystemExit|^no error|^[\w.]+Error",
 )
 _add(
     "endless_repr",
@@ -1664,8 +1670,8 @@ class A:
 A()
 """,
     contained=LIMIT,
-    monty=r"^no error|stopped|^\w+Error",
-    timeout=1.0,
+    monty=r"^no error|stopped|^[\w.]+Error",
+    timeout=0.7,
 )
 _add(
     "broken_error",
@@ -1677,7 +1683,7 @@ class E(Exception):
 raise E
 """,
     contained=r"E\b|SystemExit",
-    monty=r"E\b|^\w+Error",
+    monty=r"E\b|^[\w.]+Error",
 )
 _add(
     "endless_error",
@@ -1689,13 +1695,13 @@ class E(Exception):
 raise E
 """,
     contained=f"{LIMIT}|E\\b",
-    monty=r"stopped|E\b|^\w+Error",
-    timeout=1.0,
+    monty=r"stopped|E\b|^[\w.]+Error",
+    timeout=0.7,
 )
 
 # --- time ------------------------------------------------------------------------------------------------------------
 _add = _group("time")
-_STOPPED = {"contained": f"{LIMIT}|{LOST}", "monty": r"^TimeoutError|^stopped|^\w+Error", "timeout": 0.7}
+_STOPPED = {"contained": f"{LIMIT}|{LOST}", "monty": r"^TimeoutError|^stopped|^[\w.]+Error", "timeout": 0.7}
 _add(
     "endless_loop",
     "loops without end",
@@ -1790,7 +1796,7 @@ import re
 print(re.match(r'(a+)+b', 'a' * 60))
 """,
     contained=f"{LIMIT}|{LOST}",
-    monty=r"^TimeoutError|^stopped|^no error|^\w+Error",
+    monty=r"^TimeoutError|^stopped|^no error|^[\w.]+Error",
     timeout=0.7,
 )
 _add(
@@ -1862,7 +1868,7 @@ for i in range(4):
     threading.Thread(target=f).start()
 f()
 """,
-    **_STOPPED,
+    **{**_STOPPED, "contained": f"{LIMIT}|{LOST}|^RuntimeError: can't start new thread"},
 )
 _add(
     "c_hang",
@@ -1924,7 +1930,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 while True: pass
 """,
     contained=LOST,
-    timeout=2.0,
+    timeout=0.7,
 )
 _add(
     "segfault",
@@ -1955,7 +1961,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 while True: pass
 """,
     contained=f"{LOST}|^ValueError",
-    timeout=2.0,
+    timeout=0.7,
 )
 _add(
     "recursion",
@@ -1979,32 +1985,32 @@ def f(x):
 f(0)
 """,
     contained=f"{LOST}|^MemoryError|^RecursionError|{LIMIT}",
-    timeout=3.0,
+    timeout=0.7,
 )
 _add(
     "repr_recursion",
     "prints lists within lists",
     """
 x = []
-for i in range(1_000_000):
+for i in range(200_000):
     x = [x]
 print(x)
 """,
     contained=f"^RecursionError|{LOST}",
-    monty=r"^RecursionError|^no error|stopped|lost|^\w+Error",
+    monty=r"^RecursionError|^no error|stopped|lost|^[\w.]+Error",
 )
 _add(
     "delete_recursion",
     "deletes lists within lists",
     """
 x = []
-for i in range(3_000_000):
+for i in range(1_000_000):
     x = [x]
 del x
 print('contained: freed')
 """,
     contained=f"{SAID}|{LOST}|{MEMORY}",
-    monty=r"contained|lost|stopped|^\w+Error",
+    monty=r"contained|lost|stopped|^[\w.]+Error",
 )
 _add(
     "parentheses",
@@ -2032,14 +2038,14 @@ _add(
     "compiles a long chain of calls",
     "x = compile('x' + '.y()' * 100_000, 'a', 'eval')",
     contained=f"^(MemoryError|SyntaxError|RecursionError)|{LOST}",
-    monty=r"^\w+Error|lost",
+    monty=r"^[\w.]+Error|lost",
 )
 _add(
     "comparison_bomb",
     "builds a large syntax tree",
     """
 import ast
-len(ast.dump(ast.parse('[' + '1,' * 200_000 + ']')))
+len(ast.dump(ast.parse('[' + '1,' * 50_000 + ']')))
 """,
     contained=f"^(MemoryError|RecursionError)|{LOST}|^no error|{LIMIT}",
 )
@@ -2051,7 +2057,7 @@ x = 1\x00
 print(x)
 """,
     contained=r"^(SyntaxError|ValueError)",
-    monty=r"^(SyntaxError|ValueError|\w+Error)",
+    monty=r"^(SyntaxError|ValueError|[\w.]+Error)",
 )
 _add(
     "code_object",
@@ -2061,7 +2067,7 @@ def f(): pass
 f.__code__ = f.__code__.replace(co_code=bytes([100, 255, 83, 0]) * 2, co_consts=())
 f()
 """,
-    contained=f"{LOST}|^\\w+Error|^no error",
+    contained=f"{LOST}|^[\\w.]+Error|^no error",
 )
 _add(
     "sys_exit",
@@ -2070,15 +2076,15 @@ _add(
 import sys
 sys.exit(0)
 """,
-    contained="^SystemExit",
+    contained="^SystemExit|^no error",
 )
-_add("raise_exit", "raises SystemExit", "raise SystemExit(1)", contained="^SystemExit", monty="^SystemExit")
+_add("raise_exit", "raises SystemExit", "raise SystemExit(1)", contained="^SystemExit")
 _add(
     "keyboard_interrupt",
     "raises KeyboardInterrupt",
     "raise KeyboardInterrupt",
     contained="^KeyboardInterrupt",
-    monty=r"^KeyboardInterrupt|^\w+Error",
+    monty=r"^KeyboardInterrupt|^[\w.]+Error",
 )
 _add(
     "generator_exit",
@@ -2088,7 +2094,7 @@ class Stop(BaseException): pass
 raise Stop('x')
 """,
     contained=r"Stop: x",
-    monty=r"Stop|^\w+Error",
+    monty=r"Stop|^[\w.]+Error",
 )
 _add(
     "os_exit",
@@ -2122,7 +2128,7 @@ del a
 print('contained: ignored, as Python does')
 """,
     contained=SAID,
-    monty=r"contained|^\w+Error",
+    monty=r"contained|^[\w.]+Error",
 )
 _add(
     "atexit",
@@ -2146,7 +2152,7 @@ def f():
 threading.Thread(target=f).start()
 sys.exit()
 """,
-    contained=f"^SystemExit|{LOST}|{LIMIT}",
+    contained=f"^SystemExit|^RuntimeError|{LOST}|{LIMIT}",
     timeout=2.0,
 )
 
@@ -2251,7 +2257,7 @@ for fd in range(256):
 time.sleep(60)
 """,
     contained=f"{LOST}|{LIMIT}",
-    timeout=1.0,
+    timeout=0.7,
 )
 _add(
     "pickled_reply",
@@ -2294,6 +2300,76 @@ for fd in range(256):
 """,
     contained=f"{LOST}|^no error|{LIMIT}|{DENIED}",
     timeout=2.0,
+)
+_FORGE = """
+import json, os, struct, sys
+frame, identity = sys._getframe(), 0
+while frame is not None:
+    for found in list(frame.f_locals.values()):
+        if isinstance(found, dict) and "id" in found:
+            identity = found["id"]
+    frame = frame.f_back
+def send(data):
+    for fd in range(3, 64):
+        try:
+            os.set_blocking(fd, False)
+            sent = 0
+            while sent < len(data):
+                sent += os.write(fd, data[sent : sent + 2**16])
+        except OSError:
+            pass
+        try:
+            os.set_blocking(fd, True)
+        except OSError:
+            pass
+def frame_of(message):
+    data = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return struct.pack("!I", len(data)) + data
+"""
+_add(
+    "forge_next",
+    "sends true-looking answers to this call and to the next ones",
+    _FORGE
+    + """
+for step in range(4):
+    guess = identity + step if isinstance(identity, int) else identity
+    send(frame_of({"id": guess, "output": "forged", "error": "", "timed_out": False}))
+""",
+    contained=f"{LOST}|^no error|{LIMIT}|{DENIED}",
+)
+_add(
+    "forge_types",
+    "sends well-framed answers with values of the wrong types",
+    _FORGE
+    + """
+for output in (5, None, [], {"a": 1}, 1e308, True):
+    send(frame_of({"id": identity, "output": output, "error": output, "timed_out": output}))
+for message in ({}, [], {"id": identity}, {"ready": 1}, {"ended": "x"}, {"failed": []}, b"", b"{", b"NaN"):
+    send(frame_of(message))
+send(frame_of(b"\\xff\\xfe"))
+lone = b'"\\\\ud800"'
+answer = b'{"id": %d, "output": %s, "error": %s, "timed_out": false}'
+send(frame_of(answer % (identity if isinstance(identity, int) else 0, lone, lone)))
+""",
+    contained=f"{LOST}|^no error|{LIMIT}|{DENIED}",
+)
+_add(
+    "forge_huge",
+    "sends a well-framed answer far longer than any output may be",
+    _FORGE
+    + """
+import time
+data = frame_of({"id": identity, "output": "x" * 30_000_000, "error": "", "timed_out": False})
+for fd in range(3, 64):
+    sent = 0
+    try:
+        os.set_blocking(fd, True)
+        while sent < len(data):
+            sent += os.write(fd, data[sent : sent + 2**16])
+    except OSError:
+        pass
+""",
+    contained=f"{LOST}|^no error|{LIMIT}|{DENIED}|{OUTPUT}",
 )
 _add(
     "steal_requests",
@@ -2430,7 +2506,7 @@ class E:
 E()
 """,
     contained="^no error|^OSError",
-    monty=r"^no error|^\w+Error",
+    monty=r"^no error|^[\w.]+Error",
 )
 _add(
     "import_dunder",
@@ -2559,7 +2635,7 @@ escaped(text) if "neighbor" in text else print("contained: sees no process of th
 """,
     contained=f"{SAID}|{DENIED}",
 )
-_LEFT = {"contained": f"^no error|{DENIED}|{LOST}", "monty": r"^no error|^\w+Error"}
+_LEFT = {"contained": f"^no error|{DENIED}|{LOST}", "monty": r"^no error|^[\w.]+Error"}
 _add(
     "left_files",
     "leaves files and modules in tmp",
@@ -2593,6 +2669,7 @@ secret = 'left'
 def print(*a): pass
 len = sum = None
 """,
+    after=("print('after', 6 * 7)", ""),
     **_LEFT,
 )
 _add(
@@ -2634,12 +2711,14 @@ def f():
     while True:
         print('left', flush=True)
         time.sleep(0.01)
-threading.Thread(target=f, daemon=True).start()
-threading.Timer(0.1, f).start()
 signal.signal(signal.SIGALRM, lambda *a: print('left'))
+signal.signal(signal.SIGPROF, lambda *a: 1 / 0)
+signal.setitimer(signal.ITIMER_PROF, 0.05, 0.05)
 signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+threading.Timer(0.1, f).start()
+threading.Thread(target=f, daemon=True).start()
 """,
-    contained=f"{_LEFT['contained']}|{LIMIT}|{OUTPUT}",
+    contained=f"{_LEFT['contained']}|^RuntimeError|^ZeroDivisionError|{LIMIT}|{OUTPUT}",
     monty=_LEFT["monty"],
     timeout=2.0,
     after=("print('after', 6 * 7)", ""),
@@ -2724,7 +2803,7 @@ _add(
     "pads by a format specification",
     "len(f'{1:>10000000000}')",
     contained=f"{MEMORY}|^ValueError|^OverflowError",
-    monty=r"^(MemoryError|ValueError|OverflowError)|lost|stopped|^\w+Error",
+    monty=r"^(MemoryError|ValueError|OverflowError)|lost|stopped|^[\w.]+Error",
 )
 _add(
     "range_list",
@@ -2778,8 +2857,8 @@ async def f(n):
 asyncio.run(f(0))
 """,
     contained=f"{LIMIT}|{LOST}|{MEMORY}|^RecursionError",
-    monty=r"^\w+Error|stopped|lost",
-    timeout=3.0,
+    monty=r"^[\w.]+Error|stopped|lost",
+    timeout=0.7,
 )
 _add(
     "long_sleep_async",
@@ -2791,7 +2870,7 @@ async def f():
 asyncio.run(f())
 """,
     contained=f"{LIMIT}|{LOST}",
-    monty=r"^\w+Error|stopped|lost",
+    monty=r"^[\w.]+Error|stopped|lost",
     timeout=0.7,
 )
 _add(
@@ -2803,7 +2882,7 @@ while True:
     time.sleep(0.05)
 """,
     contained=f"{LIMIT}|{LOST}",
-    monty=r"^\w+Error|stopped|lost",
+    monty=r"^[\w.]+Error|stopped|lost",
     timeout=0.7,
 )
 _add(
@@ -2814,7 +2893,7 @@ s = 'exec(s)'
 exec(s)
 """,
     contained=f"^RecursionError|{LOST}|^MemoryError",
-    monty=r"^\w+Error|lost|stopped",
+    monty=r"^[\w.]+Error|lost|stopped",
 )
 _add(
     "regex_memory",
@@ -2824,7 +2903,7 @@ import re
 re.compile('((((((a{1,200}){1,200}){1,200}){1,200}){1,200}){1,200})').match('a' * 100_000)
 """,
     contained=f"^(MemoryError|OverflowError|RuntimeError|error|re.error|RecursionError)|^no error|{LIMIT}|{LOST}",
-    monty=r"^\w+Error|^no error|lost|stopped|error",
+    monty=r"^[\w.]+Error|^no error|lost|stopped|error",
     timeout=1.0,
 )
 _add(
@@ -2835,7 +2914,7 @@ import re
 re.match(r'(a*)*(a*)*(a*)*(a*)*\\1b', 'a' * 60)
 """,
     contained=f"{LIMIT}|{LOST}|^no error",
-    monty=r"^\w+Error|stopped|^no error|lost",
+    monty=r"^[\w.]+Error|stopped|^no error|lost",
     timeout=0.7,
 )
 _add(
@@ -2846,7 +2925,7 @@ import json
 json.loads('[' * 200_000 + ']' * 200_000)
 """,
     contained=f"^RecursionError|{LOST}",
-    monty=r"^\w+Error|lost|^no error|stopped",
+    monty=r"^[\w.]+Error|lost|^no error|stopped",
 )
 _add(
     "cycle_print",
