@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
 import enum
@@ -130,7 +131,7 @@ def _gym_rows(task: str, options: Mapping[str, str], source: str) -> Generator[t
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with process.stdin as request:
+            with contextlib.suppress(BrokenPipeError), process.stdin as request:  # its status says more
                 request.write(json.dumps({"task": task, "options": dict(options)}).encode())
             for number, line in enumerate(process.stdout):
                 row = json.loads(line)

@@ -88,15 +88,14 @@ class Source:
 
 def open_file(path: Path, source: str) -> Source | None:
     """A file by its name's ending; None if that is of no kind known here."""
-    name = path.name.lower()
-    zipped = name.endswith(".gz")
-    kind = name.removesuffix(".gz").rpartition(".")[2]
+    zipped = path.suffix.lower() == ".gz"
+    kind = Path(path.stem if zipped else path.name).suffix.lower()
     label = re.sub(r"\.(parquet|jsonl|json)(\.gz)?$", "", path.name, flags=re.IGNORECASE) or path.name
-    if kind == "parquet" and not zipped:
+    if kind == ".parquet" and not zipped:
         return Source(source, label, _parquet_rows(path, source))
-    if kind == "json" and _is_list(path, zipped, source):
+    if kind == ".json" and _is_list(path, zipped, source):
         return Source(source, label, _json_list(path, zipped, source))
-    if kind in ("json", "jsonl"):
+    if kind in (".json", ".jsonl"):
         return Source(source, label, _json_lines(path, zipped, source), unit="line")
     return None
 

@@ -25,6 +25,7 @@ import math
 import numbers
 import os
 import re
+import statistics
 import textwrap
 import unicodedata
 from collections import Counter
@@ -234,13 +235,15 @@ def filter_by_length(
     lengths = _prompt_tokens(problems, tokenizer, tools, chat_template_kwargs)
     kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= max_prompt_tokens]
     if len(kept) < len(problems):
-        dropped = (
-            f"{len(problems) - len(kept)} of {len(problems)} problems have prompts of more than {max_prompt_tokens}"
-        )
+        left_out = _too_long(len(problems) - len(kept), len(problems), max_prompt_tokens)
         if not kept:
-            raise DataError(f"{dropped} tokens; the shortest has {min(lengths)}")
-        _log.warning("left out %s tokens; the longest has %d", dropped, max(lengths))
+            raise DataError(f"{left_out}, the shortest has {min(lengths)}")
+        _log.warning("left out %s, the longest has %d", left_out, max(lengths))
     return kept
+
+
+def _too_long(left_out: int, total: int, most: int) -> str:
+    return f"{left_out} of {total} problems: prompts of more than {most} tokens"
 
 
 def to_dataset(problems: Sequence[Problem]) -> Any:
@@ -655,9 +658,7 @@ def show(problems: Sequence[Problem], rows: int = 3, tokenizer: Any = None, *, w
     if tokenizer is not None:
         counted = _prompt_tokens(problems, tokenizer)
         lengths = counted
-        blocks[0] += (
-            f"\ntokens of a prompt: {min(counted)} to {max(counted)}, median {sorted(counted)[len(counted) // 2]}"
-        )
+        blocks[0] += f"\ntokens of a prompt: {min(counted)} to {max(counted)}, median {statistics.median_low(counted)}"
     for place, problem in enumerate(problems[:rows]):
         blocks.append(_block(problem, f"{place + 1} of {len(problems)}", tokenizer, lengths[place], width))
     return "\n\n".join(blocks)
@@ -780,7 +781,5 @@ def show_source(
         before = len(problems)
         problems = filter_by_length(problems, tokenizer, max_prompt_tokens)
         if len(problems) < before:
-            notes.append(
-                f"Left out {before - len(problems)} of {before} for prompts of more than {max_prompt_tokens} tokens"
-            )
+            notes.append(f"Left out {_too_long(before - len(problems), before, max_prompt_tokens)}")
     return "\n\n".join([show(problems, rows, tokenizer, width=width), *notes])
