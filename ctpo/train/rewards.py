@@ -56,8 +56,12 @@ _TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
     """Start of the command, start and end of the content, for every complete box, by where it starts."""
+    first = text.find(r"\boxed")
+    # Braces before the first box never close one, but backslashes may escape its own.
+    while first > 0 and text[first - 1] == "\\":
+        first -= 1
     found, open_braces = [], []
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text, max(first, 0)) if first >= 0 else ():
         if token["box"]:
             open_braces.append((token.start(), token.end()))
         elif token[0] == "{":
@@ -87,8 +91,6 @@ def extract_boxed(text: str) -> str | None:
         >>> extract_boxed(r"\boxed{3") is None
         True
     """
-    if r"\boxed" not in text:
-        return None
     boxes = _boxes(text)
     return text[boxes[-1][1] : boxes[-1][2]].strip() if boxes else None
 
@@ -99,8 +101,6 @@ _BETWEEN = re.compile(r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|and|or|\\text\s*\{\s
 
 def _last_boxes(text: str) -> str | None:
     """As `extract_boxed`, but boxes joined by "and", "or" or commas make one list."""
-    if r"\boxed" not in text:
-        return None
     boxes = _boxes(text)
     if not boxes:
         return None
@@ -652,8 +652,9 @@ def _weights(specification: str | Mapping[str, float]) -> dict[str, float]:
 
 
 def _one_box(response: str) -> float:
-    boxes = _boxes(response[-RESPONSE_LIMIT:]) if r"\boxed" in response else []
-    return float(len(boxes) == 1 and bool(response[-RESPONSE_LIMIT:][boxes[0][1] : boxes[0][2]].strip()))
+    text = response[-RESPONSE_LIMIT:]
+    boxes = _boxes(text)
+    return float(len(boxes) == 1 and bool(text[boxes[0][1] : boxes[0][2]].strip()))
 
 
 def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
