@@ -120,11 +120,6 @@ class PythonTool:
         if not isinstance(code, str):
             self.failures += 1
             raise ToolError(f"TypeError: code must be a string of Python, got {type(code).__name__}")
-        try:
-            code.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-            self.failures += 1
-            raise ToolError(f"SyntaxError: {error}") from None
         if self._session is None:
             self._session = self._sandbox.session()
         result = self._session.run(code)
