@@ -114,6 +114,8 @@ class Host:
         self._tcp = self._listen(socket.AF_INET, ("127.0.0.1", 0))
         self._unix = self._listen(socket.AF_UNIX, str(self.directory / "socket"))
         self._listen(socket.AF_UNIX, "\0" + self.abstract)
+        for address in (str(self.directory / "datagram"), f"\0{self.abstract}-datagram"):
+            self._hear(address)
         self._udp = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self._udp.bind(("127.0.0.1", 0))
         threading.Thread(target=self._answer, daemon=True).start()
@@ -143,6 +145,20 @@ class Host:
         threading.Thread(target=serve, daemon=True).start()
         return listener
 
+    def _hear(self, address: str) -> None:
+        listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        listener.bind(address)
+
+        def hear() -> None:
+            while True:
+                try:
+                    listener.recv(100)
+                except OSError:
+                    return
+                self.connections += 1
+
+        threading.Thread(target=hear, daemon=True).start()
+
     def _answer(self) -> None:
         while True:
             try:
@@ -160,7 +176,7 @@ class Host:
     def reset(self) -> None:
         """Everything as it should be, after an attack that succeeded (the controls)."""
         for path in self.directory.iterdir():
-            if path.name != "socket":
+            if path.name not in ("socket", "datagram"):
                 path.unlink()
         self.canary.write_text(self.secret + "\n", encoding="utf-8")
         self.connections = 0
@@ -199,7 +215,7 @@ class Host:
         found = []
         if self.canary.read_text(encoding="utf-8") != self.secret + "\n":
             found.append("the file of the host was changed")
-        if names := sorted({path.name for path in self.directory.iterdir()} - {"canary", "socket"}):
+        if names := sorted({path.name for path in self.directory.iterdir()} - {"canary", "socket", "datagram"}):
             found.append(f"new in the folder of the host: {names}")
         if self.connections:
             found.append("the host was connected to")
@@ -214,8 +230,8 @@ def _stat(pid: int) -> tuple[int, str, int]:
     return int(fields[1]), fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def descendants(but: int | None = None) -> dict[int, int]:
-    """Resident bytes of every process below this one that is not a zombie."""
+def descendants(of: int | None = None, but: int | None = None) -> dict[int, int]:
+    """Resident bytes of every process below this one, or another, that is not a zombie."""
     parents, sizes = {}, {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -225,7 +241,7 @@ def descendants(but: int | None = None) -> dict[int, int]:
                 continue
             if state not in "ZX":
                 sizes[int(name)] = size
-    found, border = set(), {os.getpid()}
+    found, border = set(), {of or os.getpid()}
     while border:
         border = {pid for pid, parent in parents.items() if parent in border and pid not in found and pid != but}
         found |= border

@@ -81,11 +81,14 @@ NUMBERS = dict(zip(
     ("ptrace unshare setns mount umount2 pivot_root chroot bpf add_key keyctl io_uring_setup userfaultfd "
      "perf_event_open open_by_handle_at init_module kexec_load reboot clock_settime sethostname swapon personality "
      "capset clone3 memfd_create shmget shmat shmdt msgget msgsnd process_vm_readv fsopen name_to_handle_at "
-     "pidfd_open pidfd_getfd prctl acct quotactl syslog process_vm_writev kcmp landlock_create_ruleset").split(),
+     "pidfd_open pidfd_getfd prctl acct quotactl syslog process_vm_writev kcmp landlock_create_ruleset "
+     "pidfd_send_signal").split(),
     {"x86_64": (101, 272, 308, 165, 166, 155, 161, 321, 248, 250, 425, 323, 298, 304, 175, 246, 169, 227, 170, 167,
-                135, 126, 435, 319, 29, 30, 67, 68, 69, 310, 430, 303, 434, 438, 157, 163, 179, 103, 311, 312, 444),
+                135, 126, 435, 319, 29, 30, 67, 68, 69, 310, 430, 303, 434, 438, 157, 163, 179, 103, 311, 312, 444,
+                424),
      "aarch64": (117, 97, 268, 40, 39, 41, 51, 280, 217, 219, 425, 282, 241, 265, 105, 104, 142, 112, 161, 224,
-                 92, 91, 435, 279, 194, 196, 197, 186, 189, 270, 430, 264, 434, 438, 167, 89, 60, 116, 271, 272, 444),
+                 92, 91, 435, 279, 194, 196, 197, 186, 189, 270, 430, 264, 434, 438, 167, 89, 60, 116, 271, 272, 444,
+                 424),
     }[platform.machine()]))
 def syscall(name, *arguments):
     ctypes.set_errno(0)
@@ -228,6 +231,24 @@ for protocol in (9, 15, 16, 12, 4):
 escaped(opened) if opened else print("contained:", reason)
 """,
     contained=SAID,
+)
+_add(
+    "abstract_datagram",
+    "sends from a socket pair, which needs no address, to a datagram socket of the host",
+    """
+import socket
+reason = None
+for address in ("\\0$abstract-datagram", "$directory/datagram"):
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        pair[0].sendto(b"hello", address)
+        escaped(address)
+    except OSError as error:
+        reason = error
+print("contained:", reason)
+""",
+    contained=f"{SAID}|{DENIED}",
+    control=True,
 )
 _add(
     "vsock",
@@ -728,6 +749,36 @@ for pid in {1, os.getppid(), *(int(name) for name in os.listdir("/proc") if name
 print("contained:", "no other process" if "reason" not in globals() else reason.strerror)
 """,
     contained=f"{SAID}|{DENIED}",
+)
+_add(
+    "peer_process",
+    "gets a handle of the process at the other end of its socket and sends it a signal",
+    SYSCALL
+    + """
+import socket
+reasons = []
+for fd in range(3, 64):
+    try:
+        peer = socket.socket(fileno=os.dup(fd)).getsockopt(socket.SOL_SOCKET, 77)
+    except OSError as error:
+        reasons.append(error)
+        continue
+    for name, arguments in (("pidfd_send_signal", (0, 0, 0)), ("pidfd_getfd", (0, 0)), ("setns", (0x40000000,))):
+        try:
+            escaped(name, syscall(name, peer, *arguments))
+        except OSError as error:
+            reasons.append(error)
+print("contained:", reasons[0].strerror)
+""",
+    contained=f"{SAID}|{DENIED}",
+)
+_add(
+    "locks",
+    "locks files of the host that it may only read",
+    """
+import fcntl, os
+escaped(fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB))
+""",
 )
 _add(
     "kill_all",
@@ -2196,6 +2247,20 @@ sys.stdin = None
 print('hello')
 """,
     contained=f"{LOST}|^SystemExit|^no error",
+)
+_add(
+    "shutdown",
+    "shuts its sockets down",
+    """
+import os, socket
+for fd in range(3, 64):
+    try:
+        socket.socket(fileno=os.dup(fd)).shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+""",
+    contained=f"{LOST}|^no error",
+    timeout=2.0,
 )
 _add(
     "dup_null",

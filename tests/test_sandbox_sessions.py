@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import ast
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -288,3 +293,89 @@ def test_many_sessions_in_many_threads(sandbox):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def gone_within(seconds: float, processes: Iterable[int]) -> bool:
+    deadline = time.monotonic() + seconds
+    waiting = set(processes)
+    while waiting and time.monotonic() < deadline:
+        time.sleep(0.02)
+        waiting = {pid for pid in waiting if running(pid)}
+    return not waiting
+
+
+def running(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_of_a_sandbox_may_be_killed(backend):
+    """Not the sessions' workers only: what starts them, too."""
+    require_backend(backend)
+    from ctpo.train.sandbox import open_sandbox
+
+    before = set(descendants())
+    with open_sandbox(backend) as opened, opened.session() as session:
+        session.run("x = 1")
+        started = set(descendants()) - before
+        assert started
+        kill(started)
+        assert session.run("x").restarted
+        assert session.run("x = 2\nx").output == "2\n"
+        with opened.session() as other:
+            assert other.run("1").output == "1\n"
+        started |= set(descendants()) - before
+    assert gone_within(LONG, started)
+
+
+HOST = """
+import sys, threading
+from ctpo.train.sandbox import Limits, open_sandbox
+
+sandbox = open_sandbox(sys.argv[1], limits=Limits(timeout=8.0))
+sessions = [sandbox.session() for _ in range(2)]
+for session in sessions:
+    session.run("x = 1")
+loop = "while True:\\n    try:\\n        while True: pass\\n    except: pass"
+threading.Thread(target=sessions[0].run, args=(loop,)).start()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_outlives_a_host_that_is_killed(backend):
+    """One session waits, one loops."""
+    require_backend(backend)
+    with subprocess.Popen([sys.executable, "-c", HOST, backend], stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout is not None
+        assert host.stdout.readline() == "ready\n"
+        started = set(descendants(of=host.pid))
+        assert started
+        host.kill()
+    assert gone_within(LONG, started)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_descriptors_of_any_number_will_do(backend):
+    """A trainer has thousands of them open; select() takes those below 1024 only."""
+    require_backend(backend)
+    from ctpo.train.sandbox import open_sandbox
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"no more than {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        null = os.open(os.devnull, os.O_RDONLY)
+        stack.callback(os.close, null)
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(null))
+        with open_sandbox(backend) as opened, opened.session() as session:
+            assert session.run("x = 1").error == ""
+            assert session.run("x").output == "1\n"
