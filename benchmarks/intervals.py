@@ -569,7 +569,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.repetitions < CHECKED:
         parser.error(f"--repetitions must be at least {CHECKED}, not {options.repetitions}")
     settings = {"repetitions": options.repetitions, "problems": options.problems, "seed": options.seed}
-    provenance = results.provenance(settings)
     result = Run(**settings).result()
     print(markdown(result))
     checked = result["public functions"]
@@ -577,7 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{checked['calls']} of them computed by the public functions: at most {checked['largest difference']:.1g} off"
     )
     if options.output is not None:
-        results.write_json(options.output, {"provenance": provenance, **result})
+        results.write_json(options.output, {"provenance": results.provenance(settings), **result})
     if options.page is not None:
         results.write_text(options.page, with_tables(options.page.read_text(encoding="utf-8"), result))
     return 0
