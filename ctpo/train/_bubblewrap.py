@@ -43,7 +43,7 @@ def open_door(name, action):
     except (OSError, ImportError):
         return
     print(name)
-open_door("network", lambda: socket.socket().connect(("127.0.0.1", 9)))
+open_door("network", lambda: socket.socket())
 open_door("processes", lambda: os.fork() or os._exit(0))
 open_door("system", lambda: open("/ctpo.trial", "w"))
 open_door("home", lambda: open("/etc/passwd"))
@@ -96,11 +96,14 @@ class Bubblewrap:
                 self._end()
                 if str(reason) not in reasons:
                     reasons.append(str(reason))
+            except BaseException:
+                self._end()
+                raise
         failures = "; ".join(reasons)
         raise SandboxUnavailable(f"a trial of {bwrap} failed: {failures}. It needs namespaces, see docs/sandbox.md")
 
     def _try(self) -> None:
-        worker = self.start()
+        worker = self._start(attempts=1)
         try:
             output, error, _ = worker.run(_TRIAL, 30.0)
         except WorkerLost as lost:
@@ -115,23 +118,25 @@ class Bubblewrap:
         with self._lock:
             if self._closed:
                 raise ValueError("run: the sandbox is closed")
-            for attempt in (1, 2):
-                jail = self._jail or _Jail(self._bwrap, self._form, self._limits)
-                self._jail = jail
-                try:
-                    worker = jail.session()
-                    break
-                except SandboxUnavailable:
-                    self._end()
-                    if attempt == 2:
-                        raise
-                except BaseException:
-                    self._end()
+            return self._start(attempts=2)
+
+    def _start(self, attempts: int) -> _Worker:
+        while True:
+            if self._jail is None:
+                self._jail = _Jail(self._bwrap, self._form, self._limits)
+            attempts -= 1
+            try:
+                worker = self._jail.session()
+                break
+            except SandboxUnavailable:
+                if not attempts or self._jail.lives():  # and with it other sessions
                     raise
-            if not self._form.nested:
-                self._jail = _Jail(self._bwrap, self._form, self._limits)  # gets ready while this one works
-            self._workers.add(worker)
-            return worker
+                self._end()
+        if not self._form.nested:
+            self._jail = None  # it is the worker's now; the next one gets ready while this one works
+            self._jail = _Jail(self._bwrap, self._form, self._limits)
+        self._workers.add(worker)
+        return worker
 
     def close(self) -> None:
         """Kill all jails, and thereby all sessions."""
@@ -219,6 +224,14 @@ class _Jail:
             raise
         return _Worker(ours, process, self._limits, None if self._form.nested else self)
 
+    def lives(self) -> bool:
+        """Whether it can go on; a jail whose parent process has died is given a second to end."""
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
     def _await_ready(self, deadline: float) -> None:
         assert self._process.stderr is not None
         try:
@@ -235,7 +248,8 @@ class _Jail:
                 raise ValueError
         except (OSError, ValueError, EOFError, KeyError) as error:
             self._kill()
-            said = self._process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+            os.set_blocking(self._process.stderr.fileno(), False)
+            said = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip().splitlines()
             reason = said[-1] if said else type(error).__name__
             raise SandboxUnavailable(f"the jail does not start: {reason}") from None
         self._process.stderr.close()
@@ -280,7 +294,7 @@ class _Worker:
         self._process_lock = threading.Lock()
         self._limits = limits
         self._jail = jail
-        self._most = 64 * limits.output + 10_000  # a character takes at most twelve bytes in JSON
+        self._most = 24 * (limits.output + 100) + 1000  # output and error, at most twelve bytes a character in JSON
 
     def run(self, code: str, timeout: float) -> Reply:
         """Run a cell."""
@@ -313,10 +327,11 @@ class _Worker:
         return Reply(self._clean(output), self._clean(error_text), timed_out)
 
     def _check_silent(self) -> None:
-        """Nothing may be said between calls."""
-        if select.select([self._connection], [], [], 0)[0]:
+        """Nothing may be said between calls, and the process must live."""
+        assert self._process is not None
+        if select.select([self._connection, self._process], [], [], 0)[0]:
             try:
-                message = _receive(self._connection, self._most, time.monotonic() + 0.1)
+                message = _receive(self._connection, self._most, time.monotonic() + 1.0)
             except (OSError, EOFError, ValueError):
                 message = {}
             reason = (
@@ -481,7 +496,10 @@ def _packages() -> list[tuple[str, str]]:
     system = _system_paths()
     found = []
     for name in _PACKAGES:
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except ValueError:  # a module that was put together by hand
+            continue
         if spec is None or spec.origin is None:
             continue
         origin = Path(spec.origin).resolve()

@@ -48,6 +48,7 @@ class MontyPool:
         self._limits = limits
         self._closed = False
         self._lock = threading.Lock()
+        self._sessions: set[AsyncMontySession] = set()  # changed by the thread of the loop only
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ctpo-monty", daemon=True)
         self._thread.start()
@@ -65,7 +66,8 @@ class MontyPool:
             raise
         except Exception as error:
             self.close()
-            raise SandboxUnavailable(f"a trial failed ({type(error).__name__}: {error}): {_INSTALL}") from None
+            reason = str(error).partition(";")[0] or type(error).__name__
+            raise SandboxUnavailable(f"a trial failed ({reason}): {_INSTALL}") from None
 
     @staticmethod
     async def _enter(pool: type[AsyncMonty]) -> AsyncMonty:
@@ -92,7 +94,9 @@ class MontyPool:
             os_policy={"sleep": "system", "sleep_system_max": math.inf},
             assert_message_annotations=False,
         )
-        return await session.__aenter__()
+        session = await session.__aenter__()
+        self._sessions.add(session)
+        return session
 
     def release(self, session: AsyncMontySession) -> None:
         """End a session, and with it its process."""
@@ -100,8 +104,8 @@ class MontyPool:
             with contextlib.suppress(Exception):
                 self.submit(self._return(session)).result(10.0)
 
-    @staticmethod
-    async def _return(session: AsyncMontySession) -> None:
+    async def _return(self, session: AsyncMontySession) -> None:
+        self._sessions.discard(session)
         await session.__aexit__(None, None, None)
 
     def close(self) -> None:
@@ -123,6 +127,7 @@ class MontyPool:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*map(self._return, tuple(self._sessions)), return_exceptions=True)
         await self._pool.__aexit__(None, None, None)
 
 

@@ -46,7 +46,7 @@ class Limits:
         cpu: Seconds of processor time of a session, all calls together.
         memory: Bytes that a session may allocate, NumPy and SymPy themselves not counted.
         tmp: Bytes in its /tmp, and of one file in it (bubblewrap).
-        files: Files and directories in its /tmp (bubblewrap).
+        files: Files and directories in its /tmp (bubblewrap, where namespaces nest).
         output: Characters of output, and of an error, that a call returns; beginning and end of what is longer.
 
     Raises:
@@ -178,8 +178,10 @@ class Session:
         with self._lock:
             if self._closed or self._sandbox.closed:
                 raise ValueError("run: the session is closed")
+            if os.getpid() != self._sandbox._pid:
+                raise ValueError("run: the sandbox was opened in another process; open one in this process")
             if not self._held:
-                self._held.append(self._sandbox._start())
+                self._held.append(self._sandbox._backend.start())
             try:
                 output, error, timed_out = self._held[0].run(code, timeout)
             except WorkerLost as lost:
@@ -196,8 +198,9 @@ class Session:
     def close(self) -> None:
         """End the session, its worker, and a call that another thread waits for."""
         self._closed = True
-        for worker in tuple(self._held):
-            worker.kill()
+        if os.getpid() == self._sandbox._pid:
+            for worker in tuple(self._held):
+                worker.kill()
         with self._lock:
             self._finalizer()
 
@@ -243,11 +246,6 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _start(self) -> Worker:
-        if os.getpid() != self._pid:
-            raise ValueError("run: the sandbox was opened in another process; open one in this process")
-        return self._backend.start()
 
 
 def _close_in(closeable: Worker | Backend, pid: int) -> None:

@@ -181,7 +181,7 @@ class Notebook:
                 capture.write(piece)
             return capture.text().rstrip("\n")
         except BaseException:  # no memory is left, or the user's code has changed what is used here
-            return type(exception).__name__
+            return _last_line(exception)
 
 
 def _chain(report: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
@@ -197,7 +197,11 @@ def _farewell(stop: SystemExit) -> str:
     """What an interpreter would say on its way out."""
     if stop.code is None or (isinstance(stop.code, int) and not stop.code):
         return ""
+    return _last_line(stop)
+
+
+def _last_line(exception: BaseException) -> str:
     try:
-        return f"SystemExit: {stop.code}"
+        return f"{type(exception).__name__}: {exception}"
     except BaseException:
-        return "SystemExit"
+        return type(exception).__name__

@@ -80,12 +80,10 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "statx": (332, 291),
     "close_range": (436, 436),
     "faccessat2": (439, 439),
-    # Pipes, waiting, and what is left of sockets: those that are open already, and pairs (see `_PROGRAM`).
+    # Pipes, waiting, and what is left of sockets: those that are open already, and pairs (see `program`).
     "poll": (7, None),
     "pipe": (22, None),
     "select": (23, None),
-    "sendto": (44, 206),
-    "recvfrom": (45, 207),
     "shutdown": (48, 210),
     "getsockname": (51, 204),
     "getpeername": (52, 205),
@@ -156,20 +154,27 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "clock_nanosleep": (230, 115),
     "exit_group": (231, 94),
     "set_robust_list": (273, 99),
-    "prlimit64": (302, 261),
     "getcpu": (309, 168),
     "getrandom": (318, 278),
     "rseq": (334, 293),
 }
-# Calls that are let through for one value of an argument (index, allowed values); see `program`.
-_IOCTL, _KILL, _TGKILL, _SOCKETPAIR, _CLONE3 = (16, 29), (62, 129), (234, 131), (53, 199), (435, 435)
+# Calls that are let through for some values of an argument; see `program`.
+_IOCTL, _KILL, _TGKILL, _PRLIMIT, _SOCKETPAIR, _CLONE3 = (
+    (16, 29),
+    (62, 129),
+    (234, 131),
+    (302, 261),
+    (53, 199),
+    (435, 435),
+)
+_SENDTO, _RECVFROM = (44, 206), (45, 207)
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
-_AF_UNIX = 1
+_AF_UNIX, _MSG_OOB = 1, 1
 
 # Column of the table, AUDIT_ARCH, the least number that belongs to another ABI (x32).
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 0x40000000), "aarch64": (1, 0xC00000B7, None)}
 
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
@@ -195,17 +200,26 @@ def program(pid: int, machine: str | None = None) -> bytes:
         code += [(_AT_LEAST, 0, 1, foreign), (_RETURN, 0, 0, _KILL_PROCESS)]
     # glibc asks for clone3 first and for clone, which is denied, where there is none.
     code += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    # The kernel reads these arguments as 32 bits: the low half, which comes first on both architectures.
     for call, argument, allowed in (
         (_IOCTL, 1, _IOCTLS),
         (_KILL, 0, (pid,)),
         (_TGKILL, 0, (pid,)),
+        (_PRLIMIT, 0, (0, pid)),
         (_SOCKETPAIR, 0, (_AF_UNIX,)),
     ):
-        # The kernel reads these arguments as 32 bits: the low half, which comes first on both architectures.
         block = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
         for value in allowed:
             block += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
         block += [(_RETURN, 0, 0, denied)]
+        code += [(_EQUAL, 0, len(block), call[column]), *block]
+    for call in (_SENDTO, _RECVFROM):  # nothing needs urgent data, and kernels have had holes there
+        block = [
+            (_LOAD, 0, 0, _ARGUMENTS + 8 * 3),
+            (_ANY_BIT, 0, 1, _MSG_OOB),
+            (_RETURN, 0, 0, denied),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
         code += [(_EQUAL, 0, len(block), call[column]), *block]
     for numbers in _CALLS.values():
         number = numbers[column]
