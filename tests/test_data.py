@@ -191,6 +191,16 @@ def test_columns_of_other_names(tmp_path):
     assert text == found
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("more", [{}, {"level": 1}])
+def test_column_for_two_fields(tmp_path, more, as_text):
+    meta = {"q": "6 * 7?", "a": {"b": "42"}, **more}
+    row = {"meta": json.dumps(meta) if as_text else meta}
+    columns = {"prompt": "meta.q", "id": "meta.q", "ground_truth": "meta.a.b", "ability": "meta.a.b"}
+    found = one(tmp_path, row, columns=columns)
+    assert found == Problem("6 * 7?", [USER], "42", "one", "42", {"meta": more} if more else {})
+
+
 def test_column_with_a_dot_in_its_name(tmp_path):
     found = one(tmp_path, {"a.b": "6 * 7?", "a": {"b": "not this one"}, "answer": 42}, columns={"prompt": "a.b"})
     assert found.prompt == (USER,)
@@ -525,7 +535,7 @@ def test_files_of_other_kinds(tmp_path):
         {"limit": True},
         {"limit": 1.5},
         {"shuffle_seed": "0"},
-        {"columns": {"promt": "q"}},
+        {"columns": {"prompts": "q"}},
         {"columns": {"prompt": ""}},
         {"columns": {"prompt": 3}},
         {"drop": "image"},
@@ -1011,7 +1021,7 @@ GOLDEN_ARITHMETIC = ["68 * 76 - 11", "40 + 62 + 19", "90 - 29 * 58", "34 + 25 + 
         ("difficulty=3&size=1000001", "from 1 to 1000000"),
         ("seed=x", "seed is 'x', allowed is a whole number from 0 on"),
         ("split=dev", "split is 'dev', allowed are 'train' and 'test'"),
-        ("dificulty=1", "got 'dificulty', allowed are difficulty, seed, size, split; did you mean 'difficulty'"),
+        ("difficult=1", "got 'difficult', allowed are difficulty, seed, size, split; did you mean 'difficulty'"),
         ("size", "got 'size' after '?'"),
         ("size=1&size=2", "has size twice"),
         ("size=1&", "got ''"),
@@ -1266,7 +1276,7 @@ def test_show_cuts_what_is_long():
         show([VERL], width=10)
 
 
-def test_show_source(tmp_path, tokenizer):
+def test_show_source(tmp_path, tokenizer, caplog):
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"q": "x" * length, "a": length} for length in (5, 6, 90)] + [{"q": "?"}]
     path = write_lines(tmp_path / "a.jsonl", rows)
@@ -1275,7 +1285,8 @@ def test_show_source(tmp_path, tokenizer):
     assert text.startswith("2 problems: a\ntokens of a prompt: ")
     assert "<|im_start|>system\n             | S<|im_end|>" in text
     assert f"\n\nLeft out 1 bad row: {path}: line 4, column 'a': there is no such column" in text
-    assert text.endswith("Left out 1 of 3 problems: prompts of more than 40 tokens")
+    assert re.search(r"\n\nLeft out 1 of 3 problems: prompts of more than 40 tokens, the longest has \d+$", text)
+    assert not caplog.records  # it is in the text
     with pytest.raises(ValueError, match="max_prompt_tokens needs a model"):
         show_source(str(path), max_prompt_tokens=40)
     for bad in ("prompt", "prompt=", "=q", "prompt=q,"):

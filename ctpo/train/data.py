@@ -11,6 +11,9 @@ a directory                                `datasets.Dataset.save_to_disk`, or a
 ``arithmetic?difficulty=2&size=256``       built-in problems with exact answers; also ``seed`` and ``split=train|test``
 ========================================== ============================================================================
 
+An arithmetic problem of difficulty d, 1 to 10, has 2 + (d - 1) // 2 operands of 1 + d // 2 digits, and between them +,
+- or *. The split "test" has a fifth of all sets of operands, and "train" the others.
+
 What a row has to hold is said at `load_problems`; a bad row is named by file, row and column in a `DataError`.
 Nothing in the data is ever executed: no pickles, no loading scripts.
 """
@@ -148,7 +151,7 @@ def load_problems(
     id           ``id``: text or a whole number; else the source's name and the row. Each only once.
     prompt       ``prompt``, else ``question`` or ``problem`` (not both): messages, those as JSON text, or plain text
                  (one message of the user)
-    ground_truth ``ground_truth``: taken as it is. Else ``reward_model.ground_truth``, ``answer`` or ``solution``: a
+    ground_truth ``ground_truth``: taken as it is. Else ``reward_model.ground_truth``, ``answer``, ``solution``: a
                  number; text; a list of one of these, or ``["..."]`` as JSON text. From text with a line ``#### 42``
                  the 42 is taken, without commas, from ``solution`` else what is in its last ``\boxed{}``; the whole
                  text is kept in `extra_info`.
@@ -166,7 +169,8 @@ def load_problems(
         columns: Field to column, as ``{"prompt": "question", "ground_truth": "meta.answer"}``; a dot goes into a nested
             column (or JSON text).
         drop: Columns to leave out, such as images.
-        limit: At most so many problems; after the shuffle if there is one, else reading stops there.
+        limit: At most so many problems; after the shuffle if there is one, else reading stops there. Before
+            `filter_by_length`, if that is used.
         shuffle_seed: Shuffle with it; None keeps the order.
         system_prompt: System message of every problem, in place of a row's own; "" for none.
         instruction: Added to the last message of the user, after an empty line. None adds `BOXED` to problems that are
@@ -231,19 +235,10 @@ def filter_by_length(
         DataError: All are longer.
         ValueError: `max_prompt_tokens` is less than 1, or the tokenizer has no chat template.
     """
-    check_whole("max_prompt_tokens", max_prompt_tokens, 1)
-    lengths = _prompt_tokens(problems, tokenizer, tools, chat_template_kwargs)
-    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= max_prompt_tokens]
-    if len(kept) < len(problems):
-        left_out = _too_long(len(problems) - len(kept), len(problems), max_prompt_tokens)
-        if not kept:
-            raise DataError(f"{left_out}, the shortest has {min(lengths)}")
-        _log.warning("left out %s, the longest has %d", left_out, max(lengths))
+    kept, left_out = _filtered(problems, tokenizer, max_prompt_tokens, tools, chat_template_kwargs)
+    if left_out:
+        _log.warning("left out %s", left_out)
     return kept
-
-
-def _too_long(left_out: int, total: int, most: int) -> str:
-    return f"{left_out} of {total} problems: prompts of more than {most} tokens"
 
 
 def to_dataset(problems: Sequence[Problem]) -> Any:
@@ -513,7 +508,7 @@ def _extra_info(found: Mapping[str, Any], row: Mapping[str, Any], truth: str, or
 def _remove(row: dict[str, Any], path: Sequence[str]) -> None:
     """Take a value out, and what is empty then."""
     if len(path) > 1:
-        inner = row[path[0]]
+        inner = row.get(path[0], {})  # gone if two fields are taken from it
         inner = dict(parse_json(inner) if isinstance(inner, str) else inner)
         _remove(inner, path[1:])
         if inner:
@@ -614,6 +609,25 @@ def _prompt_tokens(
     options.update(chat_template_kwargs or {})
     render: Callable[..., Any] = tokenizer.apply_chat_template
     return [len(render([dict(message) for message in problem.prompt], **options)) for problem in problems]
+
+
+def _filtered(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    most: int,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[Problem], str]:
+    """Those with short enough prompts, and what to say of the others, "" if there are none."""
+    check_whole("max_prompt_tokens", most, 1)
+    lengths = _prompt_tokens(problems, tokenizer, tools, chat_template_kwargs)
+    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= most]
+    if len(kept) == len(problems):
+        return kept, ""
+    left_out = f"{len(problems) - len(kept)} of {len(problems)} problems: prompts of more than {most} tokens"
+    if not kept:
+        raise DataError(f"{left_out}, the shortest has {min(lengths)}")
+    return kept, f"{left_out}, the longest has {max(lengths)}"
 
 
 def show(problems: Sequence[Problem], rows: int = 3, tokenizer: Any = None, *, width: int = 88) -> str:
@@ -778,8 +792,6 @@ def show_source(
 
         tokenizer = AutoTokenizer.from_pretrained(model)
     if max_prompt_tokens is not None:
-        before = len(problems)
-        problems = filter_by_length(problems, tokenizer, max_prompt_tokens)
-        if len(problems) < before:
-            notes.append(f"Left out {_too_long(before - len(problems), before, max_prompt_tokens)}")
+        problems, left_out = _filtered(problems, tokenizer, max_prompt_tokens)
+        notes += [f"Left out {left_out}"] * bool(left_out)
     return "\n\n".join([show(problems, rows, tokenizer, width=width), *notes])
