@@ -457,6 +457,48 @@ def test_blocks_that_are_not_run(turn):
     assert (found.truncated, found.tool_calls) == (False, 0)
 
 
+def test_other_fences_do_not_interrupt_the_model():
+    """A model may write fence after fence; to begin anew after each would take time that grows with its square."""
+    found, texts, _, generator = fenced(["```\n" * 60 + END])
+    assert len(generator.asked) == 1
+    assert texts == ["```\n" * 60 + END]
+    found, _, _, generator = fenced(["Hm.\n```text\na\n```\n```python\nsay 1\n```\n", f"done{END}"])
+    assert found.answer == "done"
+    # Up to the block, the block, what follows.
+    assert len(generator.asked) == 3
+
+
+def test_rollouts_inside_and_outside_of_blocks_are_continued_apart():
+    texts = [["```python\nsay 1\n```\n", f"a{END}"], ["```text\n```\n```py\nsay 2\n```\n", f"b{END}"], [f"c{END}"]]
+    found, generator, _ = roll(texts, tools="fenced", template="plain")
+    assert [rollout.answer for rollout in found] == ["a", "b", "c"]
+    assert [len(asked.prompts) for asked in generator.asked] == [3, 2, 2]
+    texts = [["```py\nsay 1\n```\n", f"a{END}"], ["```py\nsay 2\n```\n", "Hm\n```py\nsay 3\n```\n", f"b{END}"]]
+    found, generator, _ = roll(texts, tools="fenced")
+    assert [rollout.answer for rollout in found] == ["a", "b"]
+    assert len({asked.seed for asked in generator.asked}) == len(generator.asked)
+
+
+def test_fenced_rollout_of_a_model_that_transformers_samples():
+    """The same as by the script: the ids that are interrupted, inserted and continued go through `generate`."""
+    texts = ["So:\n```python\nsay 4\n```\n", f"It is 4.{END}"]
+    expected, _, _, _ = fenced(texts)
+    generator = TransformersGenerator(*tiny_chat_model("plain"))
+    whole = expected.prompt_ids + expected.completion_ids
+    forward = generator.model.forward
+
+    def forced(*args, input_ids=None, past_key_values=None, **options):
+        length = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+        out = forward(*args, input_ids=input_ids, past_key_values=past_key_values, **options)
+        out.logits = torch.zeros_like(out.logits)
+        out.logits[:, -1, whole[length]] = 1e4
+        return out
+
+    with patch.object(generator.model, "forward", forced):
+        (found,) = rollouts(generator, prompts(1), sampling=Sampling(300), tools="fenced", sandbox=StandIn())
+    assert found == expected
+
+
 def test_failed_block_shows_the_error_as_python_does():
     found, texts, _, _ = fenced(["```python\nfail NameError: x\n```\n", END])
     assert texts[1] == "```output\nso far\nTraceback (most recent call last):\nNameError: x\n```\n"
@@ -495,7 +537,8 @@ def test_fenced_instructions_join_the_system_message():
     assert "numpy and sympy" in alone
     joined = tokenizer.decode(form.prompt_ids([{"role": "system", "content": "Be brief."}, user]))
     assert joined == alone.replace("system\n", "system\nBe brief.\n\n")
-    assert "numpy" not in tokenizer.decode(tool_format(tokenizer, "fenced", backend="monty").prompt_ids([user]))
+    monty = tool_format(tokenizer, "fenced", backend="monty")
+    assert "subset of Python without numpy" in tokenizer.decode(monty.prompt_ids([user]))
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
         tokenizer.chat_template
     )
@@ -522,7 +565,8 @@ def test_first_block_of_any_text(parts):
         text += f"```python\n{value}```\n" if kind == "python" else value
         if kind == "python" and expected is None:
             expected = (value, len(text))
-    found = _first_block(text)
+    found, still_open = _first_block(text)
+    assert not still_open
     if expected is None:
         assert found is None
     else:
@@ -665,7 +709,7 @@ def test_description_fits_the_backend():
         }
         assert schema["function"]["description"].split("\n")[0] in doc
     assert "numpy and sympy" in full[0]["function"]["description"]
-    assert "numpy" not in subset[0]["function"]["description"]
+    assert "subset of Python without numpy" in subset[0]["function"]["description"]
 
 
 def test_tool_in_the_sandbox(sandbox):

@@ -214,9 +214,14 @@ class TransformersGenerator:
         ValueError: `batch_size` is not positive.
 
     Example:
-        >>> generator = open_generator("Qwen/Qwen3-0.6B", batch_size=8)  # doctest: +SKIP
-        >>> generator.generate([[9707]], Sampling(max_tokens=4), seed=0)  # doctest: +SKIP
-        [[11, 358, 1079, 264]]
+        >>> from types import SimpleNamespace
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=1, eos_token_id=None, **sizes))
+        >>> tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=None)
+        >>> generator = TransformersGenerator(model, tokenizer)
+        >>> [len(ids) for ids in generator.generate([[1, 2, 3], [4]], Sampling(max_tokens=5), seed=0)]
+        [5, 5]
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16) -> None:

@@ -34,6 +34,9 @@ __all__ = ["PythonTool", "Rollout", "ToolError", "ToolFormat", "Tools", "rollout
 Tools = Literal["none", "calls", "fenced", "auto"]
 Message = dict[str, Any]
 
+LANGUAGES = ("py", "python", "python3", "tool")
+"""What a fenced block that is run may be marked with."""
+
 NO_OUTPUT = "(no output; print what you want to see, or end with an expression)"
 
 INSTRUCTIONS = """\
@@ -43,7 +46,7 @@ Go on after the output: run another block, or give the answer.\
 """
 LIBRARY = "The standard library, numpy and sympy can be imported."
 MONTY_LIBRARY = (
-    "It is a subset of Python without classes and packages; a few modules such as math and re can be imported."
+    "It is a subset of Python without numpy, sympy and yield; modules such as math, re and itertools can be imported."
 )
 
 
@@ -134,7 +137,7 @@ class _MontyTool(PythonTool):
     async def python(self, code: str) -> str:
         """Run Python code in a session that keeps variables and imports between calls, like a notebook.
 
-        It is a subset of Python: no classes and packages, and of the standard library only modules such as math and re.
+        It is a subset of Python without numpy, sympy and yield; it has math, re, itertools and a few other modules.
         There is no network. Code that takes too long is stopped.
 
         Args:
@@ -216,7 +219,10 @@ def rollouts(
         dropped because the rollout goes on.
 
     Example:
+        docs/tools.md has one that needs no download.
+
         >>> from ctpo.train.generation import open_generator
+        >>> from ctpo.train.sandbox import open_sandbox
         >>> generator = open_generator("Qwen/Qwen3-0.6B")  # doctest: +SKIP
         >>> prompt = [{"role": "user", "content": "What is 123 * 456?"}]  # doctest: +SKIP
         >>> with open_sandbox() as sandbox:  # doctest: +SKIP
@@ -242,12 +248,16 @@ def rollouts(
             raise ValueError(f"prompts[{i}] has {len(ids)} tokens; the model's context is {generator.context}")
         tool = None if sandbox is None else PythonTool(sandbox)
         states.append(_State(ids, min(room, sampling.max_tokens), tool))
-    interrupted = replace(sampling, stop=(*sampling.stop, *form._stop))
     active, turn = states, 0
     try:
         with ThreadPoolExecutor() as pool:
             while active:
-                _continue(generator, active, interrupted, np.random.SeedSequence(seed, spawn_key=(turn,)))
+                for state in active:
+                    state.stop = form._stop(state)
+                for place, stop in enumerate(sorted({state.stop for state in active})):
+                    alike = [state for state in active if state.stop == stop]
+                    options = replace(sampling, stop=(*sampling.stop, *stop))
+                    _continue(generator, alike, options, np.random.SeedSequence(seed, spawn_key=(turn, place)))
                 for state in active:
                     state.pending = form._read(state, sampling.stop)
                     if state.pending and state.rounds == max_rounds:
@@ -296,6 +306,8 @@ class _State:
     pending: list[_Call] = field(default_factory=list)
     turn_start: int = 0
     fresh: int = 0
+    stop: tuple[str, ...] = ()
+    in_block: bool = False
     rounds: int = 0
     calls: int = 0
     failures: int = 0
@@ -398,8 +410,11 @@ def tool_format(
             has none that TRL can read.
 
     Example:
-        >>> tool_format(tokenizer, "auto").name  # doctest: +SKIP
-        'calls'
+        >>> from types import SimpleNamespace
+        >>> tool_format(SimpleNamespace(chat_template=None), "auto")
+        Traceback (most recent call last):
+        ...
+        ValueError: the tokenizer has no chat_template; set one, or use a model that is trained to chat
     """
     if tools not in get_args(Tools):
         raise ValueError(f"tools must be one of {', '.join(map(repr, get_args(Tools)))}, got {tools!r}")
@@ -427,7 +442,6 @@ class ToolFormat:
     """
 
     name = "none"
-    _stop: tuple[str, ...] = ()  # strings at which the model is interrupted
 
     def __init__(self, tokenizer: Any, eos: frozenset[int], options: dict[str, Any]) -> None:
         self._tokenizer, self._eos, self._options = tokenizer, eos, options
@@ -438,6 +452,10 @@ class ToolFormat:
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The rendered prompt, with what it says of the tool, up to where the model's answer begins."""
         return self._ids(messages, add_generation_prompt=True)
+
+    def _stop(self, state: _State) -> tuple[str, ...]:
+        """Strings at which the model is interrupted."""
+        return ()
 
     def _read(self, state: _State, stop: tuple[str, ...]) -> list[_Call]:
         """Calls of the turn that was just sampled; sets flags and messages of the rollout."""
@@ -572,7 +590,6 @@ class _Fenced(ToolFormat):
     """Blocks of code in the text."""
 
     name = "fenced"
-    _stop = ("```\n",)
 
     def __init__(self, tokenizer: Any, eos: frozenset[int], options: dict[str, Any], backend: str) -> None:
         super().__init__(tokenizer, eos, options)
@@ -593,14 +610,17 @@ class _Fenced(ToolFormat):
             first["content"] = f"{self._instructions}\n\n{first['content']}"
             return super().prompt_ids([first, *rest])
 
+    def _stop(self, state: _State) -> tuple[str, ...]:
+        # Not at every fence: a model that writes one after the other would begin anew after each.
+        return ("```\n",) if state.in_block else tuple(f"```{language}\n" for language in LANGUAGES)
+
     def _read(self, state: _State, stop: tuple[str, ...]) -> list[_Call]:
         self._end(state)
         text = self._text(state.turn)
-        block = _first_block(text)
+        block, state.in_block = _first_block(text)
         if block is None:
-            interrupted = any(end in self._text(state.turn[-state.fresh :]) for end in self._stop)
+            interrupted = any(end in self._text(state.turn[-state.fresh :]) for end in state.stop)
             if interrupted and not (state.truncated or self._ended(state) or any(end in text for end in stop)):
-                # At a fence that closes nothing which is to be run.
                 state.done = False
                 return []
         elif not state.truncated or block.end < len(text):
@@ -630,22 +650,22 @@ class _Block:
     end: int
 
 
-def _first_block(text: str) -> _Block | None:
-    """The first complete block of Python in a text; other blocks are passed over."""
+def _first_block(text: str) -> tuple[_Block | None, bool]:
+    """The first complete block of Python in a text, others passed over; and whether one is open where the text ends."""
     opened: tuple[int, bool] | None = None  # length of the fence, whether the block is Python
     code: list[str] = []
     end = 0
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         end += len(line)
-        match = re.match(r"[ \t]*(`{3,})[ \t]*([^`\r\n]*)", line)
+        match = re.fullmatch(r"[ \t]*(`{3,})([^`\r\n]*)\r?\n?", line)
         if opened is None:
             if match and line.endswith("\n"):
                 language = match[2].split()[0].lower() if match[2].strip() else ""
-                opened, code = (len(match[1]), language in ("python", "python3", "py", "tool")), []
+                opened, code = (len(match[1]), language in LANGUAGES), []
         elif match and not match[2].strip() and len(match[1]) >= opened[0]:
             if opened[1]:
-                return _Block(textwrap.dedent("".join(code)), end)
+                return _Block(textwrap.dedent("".join(code)), end), False
             opened = None
         else:
             code.append(line)
-    return None
+    return None, opened is not None and opened[1]
