@@ -711,17 +711,21 @@ def _wrapped(text: str, width: int) -> list[str]:
     """The text's lines, broken after spaces; what a terminal would obey, or not show, as escapes."""
     found = []
     for line in text.split("\n"):
-        rest = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        while _columns(rest.rstrip()) > width:
-            end = used = 0
-            while used + _columns(rest[end]) <= width:
+        rest = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line).rstrip()
+        start = 0
+        while True:
+            end = start
+            used = 0
+            while end < len(rest) and used + _columns(rest[end]) <= width:
                 used += _columns(rest[end])
                 end += 1
-            space = rest.rfind(" ", 0, end + 1) + 1
-            end = space if rest[:space].strip() else end
-            found.append(rest[:end].rstrip())
-            rest = rest[end:]
-        found.append(rest.rstrip())
+            if end < len(rest):
+                space = rest.rfind(" ", start, end + 1) + 1
+                end = space if rest[start:space].strip() else end
+            found.append(rest[start:end].rstrip())
+            if end == len(rest):
+                break
+            start = end
     return found
 
 
