@@ -10,11 +10,13 @@ import asyncio
 import json
 import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -624,6 +626,40 @@ def test_template_that_renders_former_turns_otherwise():
         Script(tokenizer, [[END]]), prompts(1), sampling=Sampling(9), sandbox=StandIn(), chat_template_kwargs=options
     )
     assert tokenizer.decode(found.prompt_ids) == shown + "<think>\n\n</think>\n\n"
+
+
+TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
+CALLS = [
+    *("gemma4", "gemma4_v2", "gemma4_v5", "glm4moe", "gptoss", "lfm2_v2", "lfm2_2_5", "llama3_1", "llama3_2"),
+    *("qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl"),
+]
+ENDS = ("<|im_end|>", "<|eot_id|>", "<turn|>", "<|tool_response>", "<|call|>", "<|observation|>")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_rollouts_of_every_template(name):
+    """The ids are those that the template renders, with whatever token a model of that format ends its turn."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.bos_token = TEMPLATES[name], "<|endoftext|>"
+    form = tool_format(tokenizer, "calls")
+
+    def rendered(*messages, prompt=False):
+        options = {"tools": [form._schema], "tokenize": False, "chat_template": form._template}
+        return tokenizer.apply_chat_template([*prompts(1)[0], *messages], add_generation_prompt=prompt, **options)
+
+    function = {"name": "python", "arguments": {"code": "say 4"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    whole = rendered(call, {"role": "tool", "name": "python", "content": "4"}, prompt=True)
+    turn = rendered(call).removeprefix(rendered(prompt=True))
+    if name == "glm4moe":  # whose template leaves the end of a call to what follows
+        turn += "<|observation|>"
+    (end,) = (end for end in ENDS if turn.rstrip().endswith(end))
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    generator = Script(tokenizer, [[turn[: turn.rindex(end) + len(end)], f"It is 4.{end}"]])
+    generator.eos_token_ids = frozenset(tokenizer.encode(end))
+    (found,) = rollouts(generator, prompts(1), sampling=Sampling(5000), tools="calls", sandbox=StandIn())
+    assert tokenizer.decode(found.prompt_ids + found.completion_ids) == whole + f"It is 4.{end}"
+    assert (found.tool_calls, found.tool_failures) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -553,7 +553,9 @@ class _Calls(ToolFormat):
             prefix = prefix[:end]
         if whole[: len(prefix)] != prefix:
             raise ValueError("the chat template renders a turn otherwise when results of tools follow it")
-        return whole[len(prefix) :]
+        suffix = whole[len(prefix) :]
+        # In a few formats (GLM) the token that ends the turn is the one that begins the results.
+        return suffix[suffix[:1] == state.turn[-1:] and self._ended(state) :]
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         return super()._ids(messages, chat_template=self._template, **options)
