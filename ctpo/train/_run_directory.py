@@ -41,6 +41,12 @@ class RunDirectory:
     def __enter__(self) -> Self:
         with self._writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / _LOCK).touch()
+            status = (self.path / _LOCK).stat()
+            self._identity = (status.st_dev, status.st_ino)
+            if self._identity in _held:
+                # Before the file is opened: a process loses its lock as soon as it closes the file anywhere.
+                raise self._taken()
             lock = open(self.path / _LOCK, "a+", encoding="utf-8")
         try:
             self._take(lock)
@@ -66,25 +72,22 @@ class RunDirectory:
     def _take(self, lock: IO[str]) -> None:
         import fcntl  # not on Windows, where the other commands work
 
-        status = os.fstat(lock.fileno())
-        identity = (status.st_dev, status.st_ino)
         try:
             # Not flock: workers that are forked from this process would hold it after its death.
-            if identity in _held:
-                raise BlockingIOError
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise ValueError(
-                f"{self.path} is being written by {holder}; wait until it has ended, or choose another directory"
-            ) from None
-        _held.add(identity)
-        self._identity = identity
+            raise self._taken(lock.read().strip() or "another process") from None
+        _held.add(self._identity)
         with self._writing(self.path / _LOCK):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
+
+    def _taken(self, holder: str = "this process") -> ValueError:
+        return ValueError(
+            f"{self.path} is being written by {holder}; wait until it has ended, or choose another directory"
+        )
 
     def _check_files(self) -> None:
         found = [name for name in _FILES if (self.path / name).exists()]
