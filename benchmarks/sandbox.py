@@ -8,9 +8,11 @@ closed by two threads. Median and 95th percentile; the backends that cannot run 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import statistics
@@ -25,9 +27,11 @@ from typing import Any
 from ctpo.train.sandbox import Sandbox, backends, open_sandbox
 
 PURE = "sum(i * i for i in range(100))"
-SYMPY = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.integrate(x * sp.exp(x), x))"
+SOLVE = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.solve(x**2 - 5 * x + 6, x))"
+INTEGRATE = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.integrate(x * sp.exp(x), x))"
 NUMPY = "import numpy as np\nprint(np.linalg.det(np.eye(3)))"
-GOALS = {("bubblewrap", "warm call, sympy"): "< 10 ms", ("monty", "warm call, pure Python"): "< 1 ms"}
+CODES = {"pure Python": PURE, "NumPy": NUMPY, "SymPy solves": SOLVE, "SymPy integrates": INTEGRATE}
+GOALS = {("bubblewrap", "warm call, SymPy solves"): "< 10 ms", ("monty", "warm call, pure Python"): "< 1 ms"}
 
 
 def times_of(function: Callable[[], Any], repeats: int) -> list[float]:
@@ -84,9 +88,7 @@ def rate(sandbox: Sandbox, code: str, *, threads: int, seconds: float) -> float:
 
 def one_backend(backend: str, repeats: int) -> list[dict[str, Any]]:
     """All rows of a backend."""
-    codes = {"pure Python": PURE}
-    if backend == "bubblewrap":
-        codes |= {"sympy": SYMPY, "NumPy": NUMPY}
+    codes = CODES if backend == "bubblewrap" else {"pure Python": PURE}
     rows, start = [], time.perf_counter()
     with open_sandbox(backend) as sandbox:  # type: ignore[arg-type]
         checked(sandbox, PURE)()
@@ -102,9 +104,24 @@ def one_backend(backend: str, repeats: int) -> list[dict[str, Any]]:
                     raise RuntimeError(error)
                 rows.append(row(backend, f"warm call, {name}", times_of(functools.partial(session.run, code), repeats)))
         for threads in (1, 2):
-            per_second = rate(sandbox, codes.get("sympy", PURE), threads=threads, seconds=repeats / 100)
+            per_second = rate(sandbox, codes.get("SymPy solves", PURE), threads=threads, seconds=repeats / 100)
             what = f"sessions per second, {threads} thread{'s' if threads > 1 else ''}"
             rows.append(row(backend, what, [threads / per_second]) | {"calls": f"{per_second:.0f} per s"})
+    return rows
+
+
+def here(repeats: int) -> list[dict[str, Any]]:
+    """The same code in this process: what of a call is the program itself."""
+    rows = []
+    for name, code in CODES.items():
+        program = compile(code, name, "exec")
+
+        def once(program: Any = program) -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(program, {})
+
+        once()
+        rows.append(row("this process, no isolation", f"a call, {name}", times_of(once, repeats)))
     return rows
 
 
@@ -113,11 +130,11 @@ def interpreters(repeats: int) -> list[dict[str, Any]]:
     plain = [sys.executable, "-I", "-c"]
     commands = {"python -I -c, no isolation": plain}
     if program := shutil.which("bwrap"):
-        jail = [program, "--unshare-all", "--die-with-parent", "--clearenv", "--ro-bind", "/", "/", "--tmpfs", "/tmp"]
-        commands["bwrap python -I -c"] = [*jail, "--dev", "/dev", "--proc", "/proc", *plain]
+        jail = [program, "--unshare-all", "--die-with-parent", "--clearenv", "--ro-bind", "/", "/", "--dev", "/dev"]
+        commands["bwrap python -I -c"] = [*jail, "--proc", "/proc", *plain]
     rows = []
     for name, command in commands.items():
-        for what, code in {"pure Python": PURE, "sympy": SYMPY, "NumPy": NUMPY}.items():
+        for what, code in CODES.items():
             start = [*command, code]
             done = subprocess.run(start, capture_output=True, text=True, check=False, timeout=60)
             if done.returncode != 0:
@@ -166,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{backend} is not measured: {reason}")
         else:
             rows += one_backend(backend, options.repeats)
-    rows += interpreters(options.repeats)
+    rows += here(options.repeats) + interpreters(options.repeats)
     tables.console().print(tables.plain_table(f"Sandbox ({device_name()})", rows))
     if options.output is not None:
         provenance = results.provenance({"device": device_name(), "repeats": options.repeats} | versions())

@@ -207,7 +207,7 @@ class Host:
         """The places of this host named in words, so that two runs give the same text."""
         for place, name in ((self.canary, "<file of the host>"), (self.directory, "<folder of the host>")):
             text = text.replace(str(place), name)
-        return text.replace(str(PROJECT), "<project>")
+        return re.sub(r"/tmp/tmp\w{8}", "/tmp/tmp…", text.replace(str(PROJECT), "<project>"))
 
     def changes(self) -> list[str]:
         """What an attack did to the host."""
@@ -404,6 +404,10 @@ def cells(text: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", text.strip())[1:-1]]
 
 
+def _escaped(text: str) -> str:
+    return re.sub(r"([|<>*_`\\\[\]])", r"\\\1", text)
+
+
 def table(found: dict[str, dict[str, str]]) -> str:
     """Markdown: every attack, what it tries, how each backend contained it."""
     rows = ["| attack | tries | bubblewrap | Monty |", "|---|---|---|---|"]
@@ -412,10 +416,10 @@ def table(found: dict[str, dict[str, str]]) -> str:
         if attack.kind != kind:
             kind = attack.kind
             rows.append(f"| **{kind}** | | | |")
-        texts = [f"`{attack.name}`", attack.tries]
+        texts = [f"`{attack.name}`", _escaped(attack.tries)]
         for backend in ("bubblewrap", "monty"):
             text = re.sub(r"[^\x20-\x7e…]", "?", found[backend][attack.name].removeprefix("contained: "))
-            texts.append(re.sub(r"([|<>*_`\\\[\]])", r"\\\1", text))
+            texts.append(_escaped(text))
         rows.append("| " + " | ".join(texts) + " |")
     return "\n".join(rows)
 

@@ -336,28 +336,39 @@ HOST = """
 import sys, threading
 from ctpo.train.sandbox import Limits, open_sandbox
 
-sandbox = open_sandbox(sys.argv[1], limits=Limits(timeout=8.0))
+sandbox = open_sandbox(sys.argv[1], limits=Limits(timeout=float(sys.argv[2])))
 sessions = [sandbox.session() for _ in range(2)]
+loop = "x = 1\\n" + sys.argv[3] + "\\nwhile True: pass"
 for session in sessions:
     session.run("x = 1")
-loop = "while True:\\n    try:\\n        while True: pass\\n    except: pass"
 threading.Thread(target=sessions[0].run, args=(loop,)).start()
 print("ready", flush=True)
 threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_outlives_a_host_that_is_killed(backend):
+@pytest.mark.parametrize(
+    ("backend", "timeout", "deaf"),
+    [
+        ("bubblewrap", "600", "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))"),
+        ("monty", "3", "pass"),  # the worker of a killed host ends with its time
+    ],
+)
+def test_nothing_outlives_a_host_that_is_killed(backend, timeout, deaf):
     """One session waits, one loops."""
     require_backend(backend)
-    with subprocess.Popen([sys.executable, "-c", HOST, backend], stdout=subprocess.PIPE, text=True) as host:
+    command = [sys.executable, "-c", HOST, backend, timeout, deaf]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
         assert host.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # into the loop
         started = set(descendants(of=host.pid))
         assert started
         host.kill()
-    assert gone_within(LONG, started)
+    try:
+        assert gone_within(20.0, started)
+    finally:
+        kill(filter(running, started))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
