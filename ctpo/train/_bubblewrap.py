@@ -113,7 +113,7 @@ class Bubblewrap:
         if output or error:
             raise SandboxUnavailable(f"not isolated: {' '.join((output + error).split())}")
 
-    def start(self) -> _Worker:
+    def start(self, timeout: float) -> _Worker:
         """A worker for a session; a jail that has died is replaced."""
         with self._lock:
             if self._closed:
@@ -237,7 +237,7 @@ class _Jail:
         try:
             info = b""
             while not info.rstrip().endswith(b"}"):
-                if not select.select([self._info], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                if not _readable(deadline - time.monotonic(), self._info):
                     raise TimeoutError
                 piece = os.read(self._info, 4096)
                 if not piece:
@@ -259,7 +259,7 @@ class _Jail:
     def _kill(self) -> None:
         if self._init is None:  # not ready: where bubblewrap has said what it started, that goes with it
             with contextlib.suppress(OSError, ValueError, KeyError):
-                if select.select([self._info], [], [], 1.0)[0]:
+                if _readable(1.0, self._info):
                     self._init = os.pidfd_open(json.loads(os.read(self._info, 4096))["child-pid"])
         if self._init is not None:
             _kill(self._init)
@@ -329,7 +329,7 @@ class _Worker:
     def _check_silent(self) -> None:
         """Nothing may be said between calls, and the process must live."""
         assert self._process is not None
-        if select.select([self._connection, self._process], [], [], 0)[0]:
+        if _readable(0, self._connection.fileno(), self._process):
             try:
                 message = _receive(self._connection, self._most, time.monotonic() + 1.0)
             except (OSError, EOFError, ValueError):
@@ -383,6 +383,14 @@ def _epitaph(message: dict[str, Any], limits: Limits) -> str:
 def _kill(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, signal.SIGKILL)
+
+
+def _readable(timeout: float, *descriptors: int) -> bool:
+    """Whether one of them has something to read, or its end; poll takes descriptors above 1023 too."""
+    watch = select.poll()
+    for descriptor in descriptors:
+        watch.register(descriptor, select.POLLIN)
+    return bool(watch.poll(max(0.0, timeout) * 1000))
 
 
 def _send(connection: socket.socket, message: dict[str, Any], deadline: float) -> None:
@@ -444,7 +452,9 @@ def _arguments(form: _Form, limits: Limits, info: int) -> list[str]:
     arguments += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--cap-drop", "ALL"]
     if form.as_root:
-        arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
+        # To become nobody, and to be allowed the signal that ends a session with its parent.
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
+            arguments += ["--cap-add", capability]
     else:
         arguments += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
     arguments += ["--clearenv", "--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _INSTALL = 'pip install "pydantic-monty>=1.4,<1.5"'
-_START = 60.0
+_START, _GRACE = 60.0, 1.0
 _MOST_WORKERS = 4096
 _VALUE = "_last_value_"
 _SHOW = f"\n)\nif {_VALUE} is not None: print(repr({_VALUE}))\nNone"
@@ -54,7 +54,7 @@ class MontyPool:
         self._thread.start()
         try:
             self._pool: AsyncMonty = self.submit(self._enter(pydantic_monty.AsyncMonty)).result(_START)
-            worker = self.start()
+            worker = self.start(30.0)
             try:
                 reply = worker.run("6 * 7", 30.0)
             finally:
@@ -78,19 +78,25 @@ class MontyPool:
         """Run a coroutine in the thread of the pool."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def start(self) -> _Worker:
-        """A worker for a session."""
+    def start(self, timeout: float) -> _Worker:
+        """A worker for a session; none of its calls takes longer than the first or than the limit."""
         if self._closed:
             raise ValueError("run: the sandbox is closed")
+        most = max(timeout, self._limits.timeout)
         try:
-            session = self.submit(self._checkout()).result(_START)
+            session = self.submit(self._checkout(most)).result(_START)
         except Exception as error:
             raise SandboxUnavailable(f"a session does not start: {type(error).__name__}: {error}") from None
-        return _Worker(self, session, self._limits)
+        return _Worker(self, session, self._limits, most)
 
-    async def _checkout(self) -> AsyncMontySession:
+    async def _checkout(self, most: float) -> AsyncMontySession:
         session = self._pool.checkout(
-            limits={"max_memory": self._limits.memory, "max_suspensions": 1_000_000},
+            limits={
+                "max_memory": self._limits.memory,
+                "max_suspensions": 1_000_000,
+                # Calls are stopped from here; this ends the process of a host that was killed.
+                "max_feed_duration_secs": most + _GRACE,
+            },
             os_policy={"sleep": "system", "sleep_system_max": math.inf},
             assert_message_annotations=False,
         )
@@ -134,8 +140,9 @@ class MontyPool:
 class _Worker:
     """A session."""
 
-    def __init__(self, pool: MontyPool, session: AsyncMontySession, limits: Limits) -> None:
+    def __init__(self, pool: MontyPool, session: AsyncMontySession, limits: Limits, most: float) -> None:
         self._pool = pool
+        self._most = most
         self._session = session
         self._limits = limits
         self._cells: list[str] = []
@@ -149,6 +156,7 @@ class _Worker:
         """Run a cell."""
         capture = Capture(self._limits.output)
         left = self._limits.cpu - self._used
+        timeout = min(timeout, self._most)
         start = time.monotonic()
         self._call = self._pool.submit(self._run(code, capture, min(timeout, left)))
         try:

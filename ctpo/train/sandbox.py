@@ -125,8 +125,8 @@ class Worker(Protocol):
 class Backend(Protocol):
     """What starts workers."""
 
-    def start(self) -> Worker:
-        """Start a worker; called from any thread."""
+    def start(self, timeout: float) -> Worker:
+        """Start a worker, whose first call will have this time limit; called from any thread."""
 
     def close(self) -> None:
         """Kill what runs; may be called more than once."""
@@ -153,7 +153,8 @@ class Session:
 
         Args:
             code: Python source.
-            timeout: Wall-clock seconds of this call, the sandbox's limit if None.
+            timeout: Wall-clock seconds of this call, the sandbox's limit if None. Monty takes no more than the
+                sandbox's limit, or that of the session's first call if that is longer.
 
         Raises:
             ValueError: The session or its sandbox is closed, or an argument is out of its range.
@@ -181,7 +182,7 @@ class Session:
             if os.getpid() != self._sandbox._pid:
                 raise ValueError("run: the sandbox was opened in another process; open one in this process")
             if not self._held:
-                self._held.append(self._sandbox._backend.start())
+                self._held.append(self._sandbox._backend.start(timeout))
             try:
                 output, error, timed_out = self._held[0].run(code, timeout)
             except WorkerLost as lost:

@@ -31,8 +31,6 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "dup": (32, 23),
     "dup2": (33, None),
     "sendfile": (40, 71),
-    "fcntl": (72, 25),
-    "flock": (73, 32),
     "fsync": (74, 82),
     "fdatasync": (75, 83),
     "truncate": (76, 45),
@@ -159,16 +157,12 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "rseq": (334, 293),
 }
 # Calls that are let through for some values of an argument; see `program`.
-_IOCTL, _KILL, _TGKILL, _PRLIMIT, _SOCKETPAIR, _CLONE3 = (
-    (16, 29),
-    (62, 129),
-    (234, 131),
-    (302, 261),
-    (53, 199),
-    (435, 435),
-)
-_SENDTO, _RECVFROM = (44, 206), (45, 207)
+_IOCTL, _FCNTL, _KILL, _TGKILL, _PRLIMIT = (16, 29), (72, 25), (62, 129), (234, 131), (302, 261)
+_SOCKETPAIR, _SENDTO, _RECVFROM, _CLONE3 = (53, 199), (44, 206), (45, 207), (435, 435)
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: no locks, which files of the host would
+# take too.
+_FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)
 _AF_UNIX, _MSG_OOB = 1, 1
 
 # Column of the table, AUDIT_ARCH, the least number that belongs to another ABI (x32).
@@ -203,6 +197,7 @@ def program(pid: int, machine: str | None = None) -> bytes:
     # The kernel reads these arguments as 32 bits: the low half, which comes first on both architectures.
     for call, argument, allowed in (
         (_IOCTL, 1, _IOCTLS),
+        (_FCNTL, 1, _FCNTLS),
         (_KILL, 0, (pid,)),
         (_TGKILL, 0, (pid,)),
         (_PRLIMIT, 0, (0, pid)),

@@ -77,9 +77,11 @@ def main() -> None:
     _send(control.fileno(), {"ready": True})
     if config["nested"]:
         signal.signal(signal.SIGCHLD, _reap)
-    steps = list(_WARM_UP if "sympy" in sys.modules else ())
+    requests = select.poll()
+    requests.register(control, select.POLLIN)
+    steps = list(_WARM_UP if config["nested"] and "sympy" in sys.modules else ())
     while True:
-        if steps and not select.select([control], [], [], 0)[0]:
+        if steps and not requests.poll(0):
             _warm_up(steps.pop(0))
             continue
         try:
@@ -158,19 +160,18 @@ def _isolate(descriptor: int, config: dict[str, Any]) -> None:
         child = os.fork()
         if child:
             _report(descriptor, child, config)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir("/tmp")
     os.umask(0o022)
     _limit(config)
     _drop_capabilities()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _reseed()
     seccomp.install(_libc)
 
 
 def _enter_namespaces(config: dict[str, Any]) -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a session goes first, not the training run
     user, group = os.getuid(), os.getgid()
@@ -178,6 +179,8 @@ def _enter_namespaces(config: dict[str, Any]) -> None:
     for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(content)
+    # Bubblewrap's first process waits for all others. Set here: a change of credentials, as above, undoes it.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     nothing = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     inodes = config["files"] + 1
     for path in config["under_tmp"]:
