@@ -31,6 +31,7 @@ SOLVE = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.solve(x**2 - 5 * x + 6
 INTEGRATE = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.integrate(x * sp.exp(x), x))"
 NUMPY = "import numpy as np\nprint(np.linalg.det(np.eye(3)))"
 CODES = {"pure Python": PURE, "NumPy": NUMPY, "SymPy solves": SOLVE, "SymPy integrates": INTEGRATE}
+MARK = "<!-- speed -->\n"
 GOALS = {("bubblewrap", "warm call, SymPy solves"): "< 10 ms", ("monty", "warm call, pure Python"): "< 1 ms"}
 
 
@@ -90,7 +91,7 @@ def one_backend(backend: str, repeats: int) -> list[dict[str, Any]]:
     """All rows of a backend."""
     codes = CODES if backend == "bubblewrap" else {"pure Python": PURE}
     rows, start = [], time.perf_counter()
-    with open_sandbox(backend) as sandbox:  # type: ignore[arg-type]
+    with open_sandbox(backend) as sandbox:
         checked(sandbox, PURE)()
         rows.append(row(backend, "opening a sandbox, to the first answer", [time.perf_counter() - start]))
         for name, code in codes.items():
@@ -105,8 +106,8 @@ def one_backend(backend: str, repeats: int) -> list[dict[str, Any]]:
                 rows.append(row(backend, f"warm call, {name}", times_of(functools.partial(session.run, code), repeats)))
         for threads in (1, 2):
             per_second = rate(sandbox, codes.get("SymPy solves", PURE), threads=threads, seconds=repeats / 100)
-            what = f"sessions per second, {threads} thread{'s' if threads > 1 else ''}"
-            rows.append(row(backend, what, [threads / per_second]) | {"calls": f"{per_second:.0f} per s"})
+            what = f"sessions with one call each, {threads} thread{'s' if threads > 1 else ''}"
+            rows.append(row(backend, what, [1 / per_second]) | {"median ms": f"{per_second:.0f} per s", "95 % ms": ""})
     return rows
 
 
@@ -169,6 +170,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def write_page(rows: Sequence[dict[str, Any]], page: Path) -> None:
+    """The table between the marks of the page."""
+    columns = ("backend", "what", "median ms", "95 % ms")
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|"]
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    before, _, after = page.read_text(encoding="utf-8").split(MARK)
+    temporary = page.with_suffix(".new")
+    temporary.write_text(MARK.join([before, "\n".join(lines) + "\n", after]), encoding="utf-8")
+    os.replace(temporary, page)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; write it with `--output`."""
     from simulations import results, tables
@@ -176,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sandbox", description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=400)
     parser.add_argument("--output", type=Path, help="also write the rows as JSON, with commit, versions and machine")
+    parser.add_argument("--page", type=Path, help="also write the table between the marks of a page")
     options = parser.parse_args(arguments)
     rows = []
     for backend, reason in backends().items():
@@ -188,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None:
         provenance = results.provenance({"device": device_name(), "repeats": options.repeats} | versions())
         results.write_json(options.output, {"provenance": provenance, "rows": rows})
+    if options.page is not None:
+        write_page(rows, options.page)
     return 0
 
 

@@ -289,9 +289,9 @@ def how(result: Any, host: Host, limit: int) -> str:
     if result.timed_out:
         return "stopped at the time limit" + ("; variables lost" if result.restarted else "")
     if result.restarted:
-        return f"stopped: {last[:100]}; variables lost"
+        return f"stopped: {last.partition(' The variables')[0]} Variables lost"
     if lines:
-        return last if len(last) <= 100 else last[:100] + "…"
+        return last if len(last) <= 100 else (last[:100].rpartition(" ")[0] or last[:50]) + " …"
     said = [line for line in result.output.splitlines() if line.startswith("contained: ")]
     if said:
         return host.names(said[-1])

@@ -31,7 +31,7 @@ DENIED = (
 SAID = "^contained: "
 LIMIT = r"^stopped at the time limit"
 MEMORY = r"^(MemoryError|numpy\._core\._exceptions\._ArrayMemoryError|OSError)\b"
-LOST = r"variables (are )?lost|^stopped"
+LOST = r"^stopped"
 OUTPUT = r"^output cut"
 
 
@@ -451,7 +451,7 @@ _add(
     "looks for privileges to use: capabilities, or setuid programs that would still give them",
     """
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-held = {key: status[key].strip() for key in ("CapInh", "CapPrm", "CapEff", "CapAmb") if int(status[key], 16)}
+held = {key: status[key].strip() for key in ("CapPrm", "CapEff", "CapAmb") if int(status[key], 16)}
 if status["NoNewPrivs"].strip() != "1":
     held["NoNewPrivs"] = "0"
 escaped(held) if held else print("contained: no capabilities, no new privileges")
