@@ -977,7 +977,7 @@ _add(
     """
 import os
 places = ["/", "/usr", "/usr/bin", "/usr/lib", "/bin", "/lib", "/lib64", "/etc", "/opt", "/var", "/var/tmp", "/run",
-          "/home", "/root", "/srv", "/mnt", "/dev", "/dev/pts", "/proc", "/sys", "/work", "/app", "/data"]
+          "/home", "/root", "/srv", "/mnt", "/dev", "/dev/pts", "/proc", "/sys", "/app", "/data"]
 written = []
 for folder in places:
     path = os.path.join(folder, "ctpo-attack")
