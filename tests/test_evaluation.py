@@ -394,7 +394,9 @@ def test_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         synced(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"^cannot write .*samples.jsonl: No space left on device; samples already wr.*$"):
+    with pytest.raises(
+        OSError, match=r"^cannot write .*samples.jsonl: No space left on device; samples that were .* kept$"
+    ):
         quiet(Scripted(answers), problems, tmp_path, **options)
     monkeypatch.undo()
     found = quiet(Scripted({2: [boxed(1)] * 2}), problems, tmp_path, **options)
@@ -404,7 +406,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"^cannot write .*file: "):
+    with pytest.raises(OSError, match=r"^cannot write .*file: [^;]*$"):
         quiet(Scripted({}), [problem(1, "1")], tmp_path / "file")
     with pytest.raises(OSError, match=r"^cannot write .*file/run: "):
         quiet(Scripted({}), [problem(1, "1")], tmp_path / "file" / "run")

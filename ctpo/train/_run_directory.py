@@ -196,8 +196,8 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"cannot write {path}: {reason}; samples already written there are kept") from error
+            kept = "; samples that were finished are kept" if os.path.exists(self.path / SAMPLES) else ""
+            raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -993,13 +993,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--chat-template-kwargs is not JSON: {error}") from error
         if not isinstance(template, dict):
             raise ValueError(f"--chat-template-kwargs must be a JSON object, got {options.chat_template_kwargs}")
+    if not sys.stderr.isatty():
+        # A log gets the lines from here, not the bars of those who load models. Read by tqdm when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from ctpo.train.generation import Sampling
 
-    if not sys.stderr.isatty():
-        # Of progress, a log gets the lines from here.
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
     return evaluate(
         options.model,
         options.data,
