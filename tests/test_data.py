@@ -1114,7 +1114,6 @@ def test_task_that_many_answers_solve(tmp_path):
         ("chain_sum?size=0", "size must be positive"),
         ("chain_sum?seed=none", "seed is 'none', allowed is a whole number"),
         ("composite", "configuration of composite: Must specify at least one dataset"),
-        ("rearc", "the scorer of rearc needs values that JSON has not"),
         ("rearc?board_format_opts=x", "board_format_opts is 'x', allowed is BoardFormattingOptions"),
     ],
 )
