@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,14 +18,19 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def require_backend(name: str) -> None:
     """Skip the test where the backend cannot run; fail it where `CTPO_REQUIRE` names the backend."""
-    from ctpo.train.sandbox import backends
-
-    reason = backends()[name]
+    reason = _reasons()[name]
     if not reason:
         return
     if name in [part.strip() for part in os.environ.get("CTPO_REQUIRE", "").split(",")]:
         pytest.fail(f"CTPO_REQUIRE names {name}, which cannot run here: {reason}", pytrace=False)
     pytest.skip(f"{name} cannot run here: {reason}")
+
+
+@functools.cache
+def _reasons() -> dict[str, str]:
+    from ctpo.train.sandbox import backends
+
+    return backends()
 
 
 def sandbox_fixture(scope: Any = "module", **limits: Any) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import pathlib
@@ -17,8 +16,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from sandbox_backends import every_backend, sandbox_fixture
-from sandbox_backends import require_backend as try_backend
+from sandbox_backends import every_backend, require_backend, sandbox_fixture
 
 from ctpo.train import sandbox as module
 from ctpo.train._jail import seccomp
@@ -27,7 +25,6 @@ from ctpo.train.sandbox import Limits, RunResult, Sandbox, SandboxUnavailable, S
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = Limits(timeout=60.0, memory=256 << 20, tmp=1 << 20, files=20, output=2000)
-require_backend = functools.cache(try_backend)
 LONG = 60.0  # seconds for what takes none: other work may hold both cores
 sandbox = sandbox_fixture(**{name: getattr(LIMITS, name) for name in ("timeout", "memory", "tmp", "files", "output")})
 
