@@ -15,7 +15,9 @@ import pytest
 import torch
 from scipy import stats
 from tiny_models import save_tiny_chat_model, tiny_chat_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import ctpo.train.generation as generation
 from ctpo.train.generation import (
@@ -208,6 +210,16 @@ def test_stop_string_in_the_middle_of_a_character(generator):
     with follow(generator, dict(zip([20, *ids], ids, strict=False))):
         assert generator.generate([[20]], Sampling(9, stop=("é",)), seed=0) == [ids[:2]]
         assert generator.generate([[20]], Sampling(9, stop=("é!",)), seed=0) == [ids]
+
+
+def test_stop_string_that_begins_with_a_space():
+    """Tokenizers of the kind of Llama 2's drop the space at the beginning of what they decode."""
+    tokenizer = Tokenizer(BPE({"▁": 0, "x": 1, "a": 2}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    model, _ = tiny_chat_model()
+    generator = TransformersGenerator(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    with follow(generator, {5: 2, 2: 0, 0: 1}):
+        assert generator.generate([[5]], Sampling(9, stop=(" x",)), seed=0) == [[2, 0, 1]]
 
 
 def test_ids_that_end_sequences_are_those_of_tokenizer_and_model():

@@ -204,17 +204,22 @@ def test_what_was_sampled_is_not_tokenized_again():
 
 
 def test_rollouts_that_end_early_are_not_continued():
-    scripts = [
-        [f"done{END}"],
-        [f"{call('say 1')}{END}", f"one{END}"],
-        [f"{call('say 1')}{END}", f"{call('count')}{END}", f"two{END}"],
-    ]
-    found, generator, sandbox = roll(scripts)
+    sandbox = StandIn()
+
+    def last():
+        yield from (f"{call('say 1')}{END}", f"{call('count')}{END}")
+        assert [len(session.cells) for session in sandbox.closed] == [1], (
+            "the session of a rollout is closed when it ends"
+        )
+        yield f"two{END}"
+
+    scripts = [[f"done{END}"], [f"{call('say 1')}{END}", f"one{END}"], last()]
+    found, generator, _ = roll(scripts, sandbox=sandbox)
     assert [len(asked.prompts) for asked in generator.asked] == [3, 2, 1]
     assert [rollout.answer for rollout in found] == ["done", "one", "two"]
     assert [rollout.tool_calls for rollout in found] == [0, 1, 2]
-    # A session for every rollout that calls, closed when it ends.
-    assert [len(session.cells) for session in sandbox.opened] == [1, 2]
+    # A session for every rollout that calls.
+    assert sorted(len(session.cells) for session in sandbox.opened) == [1, 2]
     assert set(sandbox.closed) == set(sandbox.opened)
 
 
@@ -523,6 +528,8 @@ def test_limits_of_fenced_rollouts():
         kept = first if first <= limit <= first + inserted else min(limit, whole)
         assert found.completion_ids == free.completion_ids[:kept]
         assert found.sampled == free.sampled[:kept]
+        # A block is complete with its fence, if nothing follows.
+        assert found.tool_calls == (limit >= first - 1)
     for rounds in range(3):
         found, _, _, _ = fenced([texts[0], texts[0], f"end{END}"], max_rounds=rounds)
         assert found.out_of_rounds == (rounds < 2)
@@ -719,13 +726,16 @@ def test_tool_keeps_one_session_until_reset():
 
 
 def test_calls_of_one_turn_run_in_order_and_those_of_several_rollouts_at_once():
-    sandbox = StandIn(meet=3)
-    tools = [PythonTool(sandbox) for _ in range(3)]
+    sandbox = StandIn(meet=2)
+    one, two = PythonTool(sandbox), PythonTool(sandbox)
 
     async def turn():
-        return await asyncio.gather(*(tool.python(code) for code in ("meet", "count", "count") for tool in tools))
+        # The first waits for the last, which is of another rollout; a session refuses a second cell meanwhile.
+        held = [asyncio.create_task(one.python(code)) for code in ("meet", "count", "count")]
+        await asyncio.sleep(0.1)
+        return [await two.python("meet"), *await asyncio.gather(*held)]
 
-    assert asyncio.run(turn()) == [NO_OUTPUT] * 3 + ["2"] * 3 + ["3"] * 3
+    assert asyncio.run(turn()) == [NO_OUTPUT, NO_OUTPUT, "2", "3"]
 
 
 def test_description_fits_the_backend():

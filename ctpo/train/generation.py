@@ -529,7 +529,7 @@ def _forked_rng(device: Any) -> Iterator[None]:
 def _window(stop: tuple[str, ...]) -> int:
     """Tokens at the end of a text that must hold a stop string completed by the last one: a token has a byte or more.
 
-    A few more, since the first token of a window may be part of a character only.
+    A few more, since tokenizers with a mark for spaces drop one at the beginning of what they decode.
     """
     return max((len(text.encode()) for text in stop), default=0) + 4
 

@@ -259,7 +259,7 @@ def rollouts(
                     options = replace(sampling, stop=(*sampling.stop, *stop))
                     _continue(generator, alike, options, np.random.SeedSequence(seed, spawn_key=(turn, place)))
                 for state in active:
-                    state.pending = form._read(state, sampling.stop)
+                    state.pending = form._read(state)
                     if state.pending and state.rounds == max_rounds:
                         state.pending, state.done, state.out_of_rounds = [], True, True
                 calling = [state for state in active if state.pending]
@@ -457,7 +457,7 @@ class ToolFormat:
         """Strings at which the model is interrupted."""
         return ()
 
-    def _read(self, state: _State, stop: tuple[str, ...]) -> list[_Call]:
+    def _read(self, state: _State) -> list[_Call]:
         """Calls of the turn that was just sampled; sets flags and messages of the rollout."""
         self._end(state)
         state.messages.append({"role": "assistant", "content": self._text(state.turn)})
@@ -519,7 +519,7 @@ class _Calls(ToolFormat):
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self._ids(messages, add_generation_prompt=True, tools=[self._schema])
 
-    def _read(self, state: _State, stop: tuple[str, ...]) -> list[_Call]:
+    def _read(self, state: _State) -> list[_Call]:
         self._end(state)
         message, problem = self._message(state)
         state.messages.append(message)
@@ -616,22 +616,21 @@ class _Fenced(ToolFormat):
         # Not at every fence: a model that writes one after the other would begin anew after each.
         return ("```\n",) if state.in_block else tuple(f"```{language}\n" for language in LANGUAGES)
 
-    def _read(self, state: _State, stop: tuple[str, ...]) -> list[_Call]:
+    def _read(self, state: _State) -> list[_Call]:
         self._end(state)
         text = self._text(state.turn)
         block, state.in_block = _first_block(text)
-        if block is None:
-            interrupted = any(end in self._text(state.turn[-state.fresh :]) for end in state.stop)
-            if interrupted and not (state.truncated or self._ended(state) or any(end in text for end in stop)):
-                state.done = False
-                return []
-        elif not state.truncated or block.end < len(text):
+        if block is not None:
             # What was written before the output could be seen does not count.
             state.keep(self._tokens(state.turn, block.end))
-            text, state.truncated, state.done = self._text(state.turn), False, False
-            state.messages.append({"role": "assistant", "content": text})
+            state.messages.append({"role": "assistant", "content": self._text(state.turn)})
+            state.truncated = state.done = False
             return [_Call("python", {"code": block.code})]
-        state.messages.append({"role": "assistant", "content": text})
+        interrupted = any(end in self._text(state.turn[-state.fresh :]) for end in state.stop)
+        if interrupted and not (state.truncated or self._ended(state)):
+            state.done = False
+        else:
+            state.messages.append({"role": "assistant", "content": text})
         return []
 
     def _render(self, state: _State, answers: list[_Answer]) -> list[int]:
