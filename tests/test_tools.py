@@ -638,7 +638,8 @@ def test_template_that_renders_former_turns_otherwise():
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
 CALLS = [
     *("gemma4", "gemma4_v2", "gemma4_v5", "glm4moe", "gptoss", "lfm2_v2", "lfm2_2_5", "llama3_1", "llama3_2"),
-    *("qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl"),
+    *("qwen2_5", "qwen3", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl"),
+    *sorted(name for name in TEMPLATES if re.fullmatch("qwen3_5_[a-z]+", name)),
 ]
 ENDS = ("<|im_end|>", "<|eot_id|>", "<turn|>", "<|tool_response>", "<|call|>", "<|observation|>")
 
