@@ -21,7 +21,7 @@ from tiny_models import save_tiny_chat_model, tiny_tokenizer
 
 from ctpo.train._run_directory import RunDirectory
 from ctpo.train.data import Problem
-from ctpo.train.evaluation import compare, comparison_text, evaluate, results_text
+from ctpo.train.evaluation import _describe_model, compare, comparison_text, evaluate, results_text
 from ctpo.train.generation import Sampling
 from ctpo.train.sandbox import open_sandbox
 
@@ -300,6 +300,9 @@ def test_finished_evaluation_is_read_again(tmp_path, capsys):
     again = evaluate(Scripted({1: []}), [problem(1, "1")], output=tmp_path, sampling=Sampling(64), **options)
     assert again == found
     assert f"{tmp_path} is finished" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="nowhere"):
+        quiet(Scripted({}), "nowhere.jsonl", tmp_path, overwrite=True, **options)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
     anew = quiet(Scripted({1: ["no", "no"]}), [problem(1, "1")], tmp_path, overwrite=True, **options)
     assert anew["overall"]["metrics"]["format"]["mean"] == 0
     assert len(read_lines(tmp_path / "samples.jsonl")) == 2
@@ -335,6 +338,21 @@ def test_other_settings_are_refused(tmp_path):
     assert anew["settings"]["model"]["fingerprint"] != found["settings"]["model"]["fingerprint"]
 
 
+def test_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert _describe_model("org/name") == {"name": "org/name", "fingerprint": None}
+    for commit in ("c0ffee", "decade"):
+        snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (tmp_path / "models--org--name" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--org--name" / "refs" / "main").write_text(commit)
+        assert _describe_model("org/name")["fingerprint"] == commit
+    assert _describe_model("not/a/name")["fingerprint"] is None
+
+
 def test_unfinished_evaluation_of_other_versions_is_refused(tmp_path):
     options = {"samples": 2, "rewards": "format"}
     quiet(Scripted({1: [boxed(1)] * 2}), [problem(1, "1")], tmp_path, **options)
@@ -359,7 +377,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert (tmp_path / "results.json").read_text() == "{}"
 
 
-def test_interrupt_says_where_it_goes_on(tmp_path, capsys):
+def test_interrupt_says_where_it_goes_on(tmp_path, capsys, monkeypatch):
     class Interrupted(Scripted):
         def generate(self, prompt_ids, sampling, seed):
             if len(self.seeds) == 2:
@@ -374,7 +392,7 @@ def test_interrupt_says_where_it_goes_on(tmp_path, capsys):
     assert f"stopped; 4 of 6 samples are in {tmp_path}" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not finished"):
         compare(tmp_path, tmp_path)
-    Interrupted.__qualname__ = f"{Scripted.__qualname__}"
+    monkeypatch.setattr(Interrupted, "generate", Scripted.generate)
     found = evaluate(Interrupted({2: [boxed(1)] * 2}), problems, output=tmp_path, **options)
     assert "going on after 4 of 6 samples" in capsys.readouterr().err
     assert found["overall"]["metrics"]["format"]["mean"] == 1
@@ -469,6 +487,14 @@ def test_log_that_is_longer_than_the_plan_is_named(tmp_path):
     write_log(tmp_path)
     with RunDirectory(tmp_path) as files, pytest.raises(ValueError, match=r"line 5 of .*samples.jsonl"):
         files.read_samples(CHUNKS[:2])
+
+
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
+    write_log(tmp_path)
+    (tmp_path / ".results.json.x3f").write_text("{")
+    (tmp_path / ".hidden").write_text("of somebody else")
+    with RunDirectory(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} - set(FILES) == {".hidden", ".lock"}
 
 
 def test_one_evaluation_at_a_time(tmp_path):

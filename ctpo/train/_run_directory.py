@@ -29,12 +29,10 @@ class RunDirectory:
 
     Args:
         path: The directory; made if it does not exist.
-        overwrite: Remove what an earlier evaluation wrote there.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._overwrite = overwrite
         self._lock: IO[str] | None = None
         self._identity = (0, 0)
 
@@ -95,10 +93,10 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} has a {found[0]} but no {SETTINGS}, so no evaluation wrote it; choose another directory"
             )
-        if self._overwrite:
-            for name in found:
-                with self._writing(self.path / name):
-                    (self.path / name).unlink(missing_ok=True)
+        for name in _FILES:
+            for cut in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                with self._writing(cut):
+                    cut.unlink(missing_ok=True)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -118,7 +116,10 @@ class RunDirectory:
         return read_json(self.path / RESULTS) if (self.path / RESULTS).exists() else None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings of a new evaluation."""
+        """Remove what an earlier evaluation left, and write the settings of a new one."""
+        for name in _FILES:
+            with self._writing(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
         self.write_json(SETTINGS, {"format": _FORMAT, **settings})
 
     def read_samples(self, chunks: Sequence[Sequence[tuple[int, int]]]) -> list[dict[str, Any]]:

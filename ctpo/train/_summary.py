@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ctpo.train.metrics import (
     Interval,
     compare_paired,
@@ -78,9 +81,6 @@ def problem_row(problem: Problem, samples: Sequence[Mapping[str, Any]]) -> dict[
 
 def write_problems(table: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
     """Write the rows of all problems as parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     types = {
         "n": pa.int64(),
         "correct": pa.int64(),
@@ -99,8 +99,6 @@ def write_problems(table: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
 
 def read_problems(path: str) -> list[dict[str, Any]]:
     """The rows that `write_problems` wrote."""
-    import pyarrow.parquet as pq
-
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
 
@@ -217,8 +215,10 @@ def comparison_lines(part: Mapping[str, Any]) -> list[str]:
     found, digits = part["metrics"], _digits(part["problems"])
     sizes = max(int(name.removeprefix("pass@")) for name in found if name.startswith("pass@"))
     passes = [f"pass@{k}" for k in _powers(sizes) if k > 1]
-    shown = [next(iter(found)), *passes, *([f"maj@{sizes}"] if sizes > 1 else []), "reward", "format", "tokens"]
-    shown = [name for name in shown if name in found]
+    average = next(iter(found))
+    shown = [average, *passes, *([f"maj@{sizes}"] if sizes > 1 else []), "reward", "format", "tokens"]
+    if "reward" not in found or all(found["reward"][side] == found[average][side] for side in "ab"):
+        shown.remove("reward")
     shown += [name for name in ("tool_calls", "truncated", "out_of_rounds") if found[name]["a"] or found[name]["b"]]
     columns: list[list[str]] = [["", *map(_title, shown)], ["A"], ["B"], ["B - A"], ["p"]]
     for name in shown:

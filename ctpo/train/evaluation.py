@@ -125,7 +125,7 @@ def evaluate(
         backend: As in `ctpo.train.generation.open_generator`.
         dtype: As there.
         device: As there.
-        overwrite: Remove what an earlier evaluation has left in the directory, and begin.
+        overwrite: Remove what an earlier evaluation has left in the directory, once all is ready to begin anew.
         progress: Report on standard error.
         **loading: Options of `load_problems`: limit (problems of each source), split, columns, system_prompt,
             instruction, shuffle_seed and others.
@@ -163,6 +163,10 @@ def evaluate(
         ...     "Qwen/Qwen3-0.6B", "aime25.parquet", output="runs/aime25", sampling=Sampling(8192), tools="calls"
         ... )
         >>> print(results_text(found))  # doctest: +SKIP
+        >>> evaluate("tiny", "arithmetic", output="runs/a", samples=4, sampling=Sampling(64, temperature=0.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: samples must be 1 at temperature 0, where every answer to a problem is alike; got 4
     """
     from ctpo.train.generation import Sampling
     from ctpo.train.rewards import Rewards
@@ -176,7 +180,7 @@ def evaluate(
     from ctpo.train import _summary
 
     with ExitStack() as stack:
-        files = stack.enter_context(RunDirectory(output, overwrite=overwrite))
+        files = stack.enter_context(RunDirectory(output))
         problems, described = _load(data, loading)
         scorer = stack.enter_context(Rewards(_with_format(rewards)))
         settings = {
@@ -198,7 +202,7 @@ def evaluate(
             "device": device,
         }
         record = {"settings": _plain(settings), "versions": _versions(), "machine": _machine()}
-        begun = files.settings
+        begun = None if overwrite else files.settings
         if begun is not None:
             _refuse_others(files.path, begun["settings"], record["settings"])
             if files.results is not None:
@@ -213,13 +217,15 @@ def evaluate(
         )
         skipped = draw.leave_out_long(skip_long, note)
         record["resolved"] = _plain(draw.resolved(batch_size))
+        # Now that it is loaded, a model of the Hub is in the cache, in its newest version.
+        record["settings"]["model"] = _describe_model(model)
         if begun is None:
             begun = record
             files.begin(begun)
         if begun["machine"] != record["machine"]:
             changes = "; ".join(_changes(begun["machine"], record["machine"]))
             note(f"begun on another machine, where rounding may differ and samples with it: {changes}")
-        for part in ("resolved", "versions"):
+        for part in ("settings", "resolved", "versions"):
             _refuse_others(files.path, begun[part], record[part])
         chunks = _chunks(len(draw.problems), samples, record["resolved"]["batch_size"])
         rows = _draw_all(draw, chunks, files, note)
@@ -495,13 +501,14 @@ def _ends_of(path: Path) -> list[Any]:
 
 
 def _hub_commit(name: str) -> str | None:
-    """The commit of a model on the Hub; None where that cannot be found out."""
-    from transformers.utils.hub import cached_file
+    """The commit of a model of the Hub that lies in the cache; None before it was loaded for the first time."""
+    from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "adapter_config.json"):
-        # Whatever befalls the look-up befalls the loading of the model too, which says it better.
-        with contextlib.suppress(Exception):
-            return Path(str(cached_file(name, file))).parent.name
+        with contextlib.suppress(ValueError):  # no name that the Hub could have; loading says so
+            path = try_to_load_from_cache(name, file)
+            if isinstance(path, str):
+                return Path(path).parent.name
     return None
 
 
@@ -550,9 +557,11 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str
 def _changed_content(key: str, old: Any, new: Any, names: tuple[str, str]) -> list[str]:
     """What differs in a model or in data, by content: what was moved is still the same."""
     old, new = ([entry] if isinstance(entry, Mapping) else entry for entry in (old, new))
-    if [entry["fingerprint"] for entry in old] == [entry["fingerprint"] for entry in new]:
-        return []
+    prints = [[entry["fingerprint"] for entry in entries] for entries in (old, new)]
     first, second = (", ".join(entry.get("name") or entry["source"] for entry in entries) for entries in (old, new))
+    unknown = None in prints[0] + prints[1]
+    if (first == second) if unknown else (prints[0] == prints[1]):
+        return []
     if first == second:
         return [f"the {key} {first} has changed in between"]
     return [f"{key} {first} {names[0]}, {second} {names[1]}"]
@@ -619,6 +628,10 @@ def results_text(results: Mapping[str, Any], *, width: int = _WIDTH) -> str:
 
     Returns:
         Lines without one at the end.
+
+    Example:
+        >>> found = evaluate("Qwen/Qwen3-0.6B", "aime25.parquet", output="runs/aime25")  # doctest: +SKIP
+        >>> print(results_text(found))  # doctest: +SKIP
     """
     from ctpo.train._summary import result_lines
 
@@ -642,7 +655,7 @@ def results_text(results: Mapping[str, Any], *, width: int = _WIDTH) -> str:
     if failed := overall["failures"]["samples"]:
         reasons = overall["failures"]["reasons"].items()
         listed = "; ".join(f"{_one_line(reason)} ({count})" for reason, count in list(reasons)[:_NAMED])
-        after.append(f"! rewards failed on {failed} of {overall['samples']} samples, which count as wrong: {listed}")
+        after.append(f"! rewards failed on {failed} of {overall['samples']} samples and count 0 there: {listed}")
     if results["skipped"]:
         after.append(f"! left out, longer than the context: {_named(results['skipped'])}")
     timing = results["timing"]
@@ -671,6 +684,14 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: A directory has no finished evaluation, or they have no problem in common.
+
+    Example:
+        >>> compare("runs/before", "runs/after")["overall"]["metrics"]["avg@8"]["p_value"]  # doctest: +SKIP
+        0.021
+        >>> compare("runs/nowhere", "runs/after")
+        Traceback (most recent call last):
+        ...
+        ValueError: runs/nowhere is not the directory of an evaluation: it has no results.json and problems.parquet
     """
     from ctpo.train import _summary
 
@@ -712,7 +733,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         notes.append("the rewards differ, so they are not compared; 'correct' may mean something else, too")
     for side, result in zip("AB", results, strict=True):
         if failed := result["overall"]["failures"]["samples"]:
-            notes.append(f"rewards failed on {_count(failed, 'sample')} of {side}, which count as wrong")
+            notes.append(f"rewards failed on {_count(failed, 'sample')} of {side} and count 0 there")
     by_source: dict[str, list[int]] = {}
     for place, (source, _) in enumerate(paired):
         by_source.setdefault(source, []).append(place)
@@ -742,6 +763,9 @@ def comparison_text(comparison: Mapping[str, Any], *, width: int = _WIDTH) -> st
 
     Returns:
         Lines without one at the end.
+
+    Example:
+        >>> print(comparison_text(compare("runs/before", "runs/after")))  # doctest: +SKIP
     """
     from ctpo.train._summary import comparison_lines
 
@@ -866,6 +890,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Args:
         parser: Of the command.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_arguments(parser)
+        >>> parser.parse_args(["tiny", "aime25.parquet", "--output", "runs/a"]).max_tokens
+        1024
     """
     parser.usage = (
         "%(prog)s MODEL DATA [DATA ...] --output DIR [options]\n       %(prog)s --compare DIR_A DIR_B [--json]"
@@ -936,9 +966,14 @@ def run(options: argparse.Namespace) -> str:
         What is to be printed.
 
     Raises:
-        ValueError: As `evaluate` and `compare`, or a package is missing.
+        ValueError: As `evaluate` and `compare`, or what a model or the sandbox needs is missing.
         OSError: As `evaluate`.
         SystemExit: With status 130 after Ctrl-C.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_arguments(parser)
+        >>> print(run(parser.parse_args(["runs/before", "runs/after", "--compare"])))  # doctest: +SKIP
     """
     width = min(shutil.get_terminal_size((_WIDTH, 0)).columns, 120)
     try:
@@ -949,9 +984,8 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps(results, indent=2) if options.json else results_text(results, width=width)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed: pip install "ctpo[train]"') from error
     except (ImportError, RuntimeError) as error:
+        # A model that needs another package, or a machine on which nothing can isolate; both say what to install.
         if type(error).__name__ not in ("ImportError", "SandboxUnavailable"):
             raise
         raise ValueError(str(error)) from error
