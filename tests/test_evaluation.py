@@ -20,8 +20,9 @@ from sandbox_backends import require_backend
 from tiny_models import save_tiny_chat_model, tiny_tokenizer
 
 from ctpo.train._run_directory import RunDirectory
+from ctpo.train._run_settings import describe_model
 from ctpo.train.data import Problem
-from ctpo.train.evaluation import _describe_model, compare, comparison_text, evaluate, results_text
+from ctpo.train.evaluation import compare, comparison_text, evaluate, results_text
 from ctpo.train.generation import Sampling
 from ctpo.train.sandbox import open_sandbox
 
@@ -342,15 +343,15 @@ def test_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert _describe_model("org/name") == {"name": "org/name", "fingerprint": None}
+    assert describe_model("org/name") == {"name": "org/name", "fingerprint": None}
     for commit in ("c0ffee", "decade"):
         snapshot = tmp_path / "models--org--name" / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (snapshot / "config.json").write_text("{}")
         (tmp_path / "models--org--name" / "refs").mkdir(exist_ok=True)
         (tmp_path / "models--org--name" / "refs" / "main").write_text(commit)
-        assert _describe_model("org/name")["fingerprint"] == commit
-    assert _describe_model("not/a/name")["fingerprint"] is None
+        assert describe_model("org/name")["fingerprint"] == commit
+    assert describe_model("not/a/name")["fingerprint"] is None
 
 
 def test_unfinished_evaluation_of_other_versions_is_refused(tmp_path):

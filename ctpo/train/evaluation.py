@@ -17,66 +17,47 @@ So an evaluation that was killed, whenever that was, goes on to the very samples
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
-import functools
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from ctpo.train._drawing import BATCH_SIZE, Draw, chunks_of, draw_all, duration, note_on_stderr, silent
 from ctpo.train._run_directory import PROBLEMS, RESULTS, SAMPLES, RunDirectory, read_json
+from ctpo.train._run_settings import (
+    changes_between,
+    describe_model,
+    digest,
+    machine,
+    named,
+    plain,
+    refuse_others,
+    versions,
+)
 
 if TYPE_CHECKING:
     from ctpo.train.data import Problem
     from ctpo.train.generation import Backend, Generator, Sampling
-    from ctpo.train.rewards import Rewards
     from ctpo.train.sandbox import Sandbox
-    from ctpo.train.tools import ToolFormat, Tools
+    from ctpo.train.tools import Tools
 
 __all__ = ["add_arguments", "compare", "comparison_text", "evaluate", "results_text", "run"]
 
-# Answers that are drawn together where `batch_size` is not given; vLLM is fast only with many.
-_BATCH_SIZE = {"transformers": 32, "vllm": 512}
 _MAX_TOKENS = 1024
 _SAMPLES = 8
 _MAX_SAMPLES = 1000
-# Versions of what the samples or their scores depend on.
-_PACKAGES = (
-    "ctpo",
-    "math-verify",
-    "numpy",
-    "pydantic-monty",
-    "reasoning-gym",
-    "sympy",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "trl",
-    "vllm",
-)
-# Bytes at both ends of a file of weights that its fingerprint depends on; every step of training changes them.
-_ENDS = 1 << 20
 # Options of `load_problems` that the command line has.
 _LOADING = ("split", "columns", "drop", "system_prompt", "instruction", "shuffle_seed", "limit")
-# Ids that a message lists.
-_NAMED = 3
+# Kinds of failures that a text lists.
+_REASONS = 3
 _WIDTH = 80
-
-Note = Callable[[str], None]
 
 
 def evaluate(
@@ -176,7 +157,7 @@ def evaluate(
     for name, value, least in (("seed", seed, 0), ("max_rounds", max_rounds, 0), ("batch_size", batch_size, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    note = _note if progress else _silent
+    note = note_on_stderr if progress else silent
     from ctpo.train import _summary
 
     with ExitStack() as stack:
@@ -184,7 +165,7 @@ def evaluate(
         problems, described = _load(data, loading)
         scorer = stack.enter_context(Rewards(_with_format(rewards)))
         settings = {
-            "model": _describe_model(model),
+            "model": describe_model(model),
             "data": described,
             "loading": loading,
             "samples": samples,
@@ -201,34 +182,34 @@ def evaluate(
             "dtype": dtype,
             "device": device,
         }
-        record = {"settings": _plain(settings), "versions": _versions(), "machine": _machine()}
+        record = {"settings": plain(settings), "versions": versions(), "machine": machine()}
         begun = None if overwrite else files.settings
         if begun is not None:
-            _refuse_others(files.path, begun["settings"], record["settings"])
+            refuse_others(files.path, begun["settings"], record["settings"])
             if files.results is not None:
                 note(f"{files.path} is finished; to draw again: --overwrite (overwrite=True)")
                 if begun["versions"] != record["versions"]:
-                    note(f"other versions made it: {'; '.join(_changes(begun['versions'], record['versions']))}")
+                    note(f"other versions made it: {'; '.join(changes_between(begun['versions'], record['versions']))}")
                 return files.results
         opened = None if tools == "none" else _open_sandbox(sandbox, stack)
         generator = _open_generator(model, backend, batch_size, dtype, device)
-        draw = _Draw(
+        draw = Draw(
             generator, opened, scorer, problems, sampling, tools, max_rounds, seed, dict(chat_template_kwargs or {})
         )
         skipped = draw.leave_out_long(skip_long, note)
-        record["resolved"] = _plain(draw.resolved(batch_size))
+        record["resolved"] = plain(draw.resolved(batch_size))
         # Now that it is loaded, a model of the Hub is in the cache, in its newest version.
-        record["settings"]["model"] = _describe_model(model)
+        record["settings"]["model"] = describe_model(model)
         if begun is None:
             begun = record
             files.begin(begun)
         if begun["machine"] != record["machine"]:
-            changes = "; ".join(_changes(begun["machine"], record["machine"]))
+            changes = "; ".join(changes_between(begun["machine"], record["machine"]))
             note(f"begun on another machine, where rounding may differ and samples with it: {changes}")
         for part in ("settings", "resolved", "versions"):
-            _refuse_others(files.path, begun[part], record[part])
-        chunks = _chunks(len(draw.problems), samples, record["resolved"]["batch_size"])
-        rows = _draw_all(draw, chunks, files, note)
+            refuse_others(files.path, begun[part], record[part])
+        chunks = chunks_of(len(draw.problems), samples, record["resolved"]["batch_size"])
+        rows = draw_all(draw, chunks, files, note)
         table = [
             _summary.problem_row(problem, rows[start : start + samples])
             for problem, start in zip(draw.problems, range(0, len(rows), samples), strict=True)
@@ -239,160 +220,7 @@ def evaluate(
         return results
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-
-
-@dataclasses.dataclass
-class _Draw:
-    """Draws and scores the answers of a chunk."""
-
-    generator: Generator
-    sandbox: Sandbox | None
-    scorer: Rewards
-    problems: list[Problem]
-    sampling: Sampling
-    tools: Tools
-    max_rounds: int
-    seed: int
-    template: dict[str, Any]
-
-    @functools.cached_property
-    def form(self) -> ToolFormat:
-        from ctpo.train.tools import tool_format
-
-        return tool_format(
-            self.generator.tokenizer,
-            self.tools,
-            backend="" if self.sandbox is None else self.sandbox.backend,
-            eos_token_ids=self.generator.eos_token_ids,
-            chat_template_kwargs=self.template,
-        )
-
-    def resolved(self, batch_size: int | None) -> dict[str, Any]:
-        """What the defaults have become on this machine; samples depend on it as on what was asked for."""
-        backend = {"TransformersGenerator": "transformers", "VllmGenerator": "vllm"}.get(type(self.generator).__name__)
-        model = getattr(self.generator, "model", None)
-        return {
-            "backend": backend,
-            "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
-            "device": str(getattr(model, "device", None)).partition(":")[0],
-            "context": self.generator.context,
-            "batch_size": batch_size or _BATCH_SIZE.get(backend or "transformers"),
-            "tools": self.form.name,
-            "sandbox": None if self.sandbox is None else self.sandbox.backend,
-        }
-
-    def leave_out_long(self, skip: bool, note: Note) -> list[str]:
-        """Leave out problems whose prompts leave no room for an answer, or refuse them; returns their ids."""
-        context = self.generator.context
-        if context is None:
-            return []
-        lengths = [len(self.form.prompt_ids(problem.prompt)) for problem in self.problems]
-        long = [problem.id for problem, length in zip(self.problems, lengths, strict=True) if length >= context]
-        if long:
-            text = (
-                f"the prompts of {len(long)} of {len(lengths)} problems have {context} tokens or more, which is the "
-                f"model's context: {_named(long)}"
-            )
-            if not skip or len(long) == len(lengths):
-                raise ValueError(f"{text}; --skip-long (skip_long=True) leaves such problems out")
-            note(f"left out: {text}")
-            self.problems = [problem for problem in self.problems if problem.id not in set(long)]
-        cut = sum(context - self.sampling.max_tokens < length < context for length in lengths)
-        if cut:
-            note(
-                f"the model's context of {context} tokens leaves fewer than max_tokens={self.sampling.max_tokens} "
-                f"for {cut} of {len(lengths)} problems"
-            )
-        return long
-
-    def chunk(self, number: int, pairs: Sequence[tuple[int, int]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of the samples of a chunk, and what it took."""
-        from ctpo.train.tools import rollouts
-
-        started = time.perf_counter()
-        problems = [self.problems[problem] for problem, _ in pairs]
-        drawn = rollouts(
-            self.generator,
-            [problem.prompt for problem in problems],
-            sampling=self.sampling,
-            tools=self.tools,
-            sandbox=self.sandbox,
-            max_rounds=self.max_rounds,
-            seed=_chunk_seed(self.seed, number),
-            chat_template_kwargs=self.template,
-        )
-        generated = time.perf_counter()
-        scores = self.scorer.score([one.answer for one in drawn], [problem.row() for problem in problems])
-        rows: list[dict[str, Any]] = [
-            {
-                "chunk": number,
-                "problem": place,
-                "sample": sample,
-                "id": problem.id,
-                "data_source": problem.data_source,
-                "correct": score.correct,
-                "reward": score.total,
-                "parts": score.parts,
-                "failures": score.failures,
-                "answer": score.answer,
-                "tokens": sum(one.sampled),
-                "completion_tokens": len(one.completion_ids),
-                "prompt_tokens": len(one.prompt_ids),
-                "tool_calls": one.tool_calls,
-                "tool_failures": one.tool_failures,
-                "truncated": one.truncated,
-                "out_of_rounds": one.out_of_rounds,
-                "messages": one.messages,
-            }
-            for (place, sample), problem, one, score in zip(pairs, problems, drawn, scores, strict=True)
-        ]
-        timing = {
-            "chunk": number,
-            "tokens": sum(row["tokens"] for row in rows),
-            "generate_seconds": round(generated - started, 3),
-            "score_seconds": round(time.perf_counter() - generated, 3),
-        }
-        return rows, timing
-
-
-def _draw_all(
-    draw: _Draw, chunks: Sequence[Sequence[tuple[int, int]]], files: RunDirectory, note: Note
-) -> list[dict[str, Any]]:
-    """Rows of all samples in order: those that are there, and those that are drawn now."""
-    total = sum(map(len, chunks))
-    rows = files.read_samples(chunks)
-    if rows:
-        note(f"going on after {len(rows)} of {total} samples in {files.path}")
-    with _Progress(total, rows, note) as bar:
-        try:
-            for number in range(rows[-1]["chunk"] + 1 if rows else 0, len(chunks)):
-                added, timing = draw.chunk(number, chunks[number])
-                files.append(added, timing)
-                rows += added
-                bar.update(added)
-        except KeyboardInterrupt:
-            bar.close()
-            note(f"stopped; {len(rows)} of {total} samples are in {files.path}, the same command goes on from there")
-            raise
-        except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise ValueError(
-                f"out of memory with {len(chunks[0])} answers at once: choose a smaller batch_size and, since samples "
-                "depend on it, another directory or overwrite"
-            ) from error
-    return rows
-
-
-def _chunks(problems: int, samples: int, size: int) -> list[list[tuple[int, int]]]:
-    """(problem, sample) pairs in chunks, the samples of a problem together."""
-    pairs = [(problem, sample) for problem in range(problems) for sample in range(samples)]
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
-
-def _chunk_seed(seed: int, chunk: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=(chunk,)).generate_state(1, np.uint64)[0])
+# ----------------------------------------------------------------------------------------------------------- arguments
 
 
 def _open_sandbox(sandbox: Literal["auto", "bubblewrap", "monty"] | Sandbox, stack: ExitStack) -> Sandbox:
@@ -408,7 +236,7 @@ def _open_generator(
 
     if not isinstance(model, (str, Path)):
         return model
-    size = batch_size or _BATCH_SIZE["transformers"]
+    size = batch_size or BATCH_SIZE["transformers"]
     return open_generator(model, backend=backend, batch_size=size, dtype=dtype, device=device)
 
 
@@ -420,9 +248,6 @@ def _check_samples(samples: int | None, sampling: Sampling) -> int:
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"samples must be 1 at temperature 0, where every answer to a problem is alike; got {samples}")
     return samples
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
 
 
 def _load(
@@ -449,7 +274,7 @@ def _load(
                 )
             seen[key] = source
     described = [
-        {"source": source, "problems": len(found), "fingerprint": _digest([problem.row() for problem in found])}
+        {"source": source, "problems": len(found), "fingerprint": digest([problem.row() for problem in found])}
         for source, found in loaded
     ]
     return [problem for _, found in loaded for problem in found], described
@@ -461,131 +286,6 @@ def _with_format(rewards: str | Mapping[str, float]) -> str | dict[str, float]:
         return {**rewards, **({} if "format" in rewards else {"format": 0.0})}
     names = [name.strip().partition(":")[0] for name in rewards.split(",")]
     return rewards if "format" in names or not rewards.strip() else f"{rewards},format:0"
-
-
-def _describe_model(model: str | Path | Generator) -> dict[str, Any]:
-    """The model's name and a fingerprint of what it is."""
-    if not isinstance(model, (str, Path)):
-        return {"name": f"{type(model).__module__}.{type(model).__qualname__}", "fingerprint": None}
-    path = Path(model).expanduser()
-    if path.is_file():
-        fingerprint: str | None = _digest(_ends_of(path))
-    elif path.is_dir():
-        fingerprint = _fingerprint(path)
-    else:
-        fingerprint = _hub_commit(str(model))
-    return {"name": str(model), "fingerprint": fingerprint}
-
-
-def _fingerprint(directory: Path) -> str:
-    """Of the files that a model is made of: small ones whole, of weights the size and both ends."""
-    found: dict[str, Any] = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".gguf") or path.match("pytorch_model*.bin") or path.match("adapter*.bin"):
-            found[path.name] = _ends_of(path)
-        elif path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "trainer_state.json":
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists():
-        with contextlib.suppress(ValueError):
-            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-            found["base model"] = _describe_model(str(base))["fingerprint"] if base else None
-    return _digest(found)
-
-
-def _ends_of(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(_ENDS)
-        file.seek(max(0, size - _ENDS))
-        return [size, hashlib.sha256(start + file.read(_ENDS)).hexdigest()]
-
-
-def _hub_commit(name: str) -> str | None:
-    """The commit of a model of the Hub that lies in the cache; None before it was loaded for the first time."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("config.json", "adapter_config.json"):
-        with contextlib.suppress(ValueError):  # no name that the Hub could have; loading says so
-            path = try_to_load_from_cache(name, file)
-            if isinstance(path, str):
-                return Path(path).parent.name
-    return None
-
-
-def _digest(thing: Any) -> str:
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    """What rounding may depend on besides versions."""
-    import torch
-
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator}
-
-
-def _refuse_others(path: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if changes := _changes(begun, now):
-        raise ValueError(
-            f"{path} was begun otherwise: {'; '.join(changes)}. Go on with what it was begun with, choose another "
-            "directory, or start again with --overwrite (overwrite=True)"
-        )
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, str] = ("there", "now")) -> list[str]:
-    """What differs, in words."""
-    texts: list[str] = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if key in ("model", "data"):
-            texts += _changed_content(key, old, new, names)
-        elif isinstance(old, Mapping) and isinstance(new, Mapping):
-            texts += [f"{key}.{text}" for text in _changes(old, new, names)]
-        elif old != new:
-            texts.append(f"{key} {_shown(old)} {names[0]}, {_shown(new)} {names[1]}")
-    return texts
-
-
-def _changed_content(key: str, old: Any, new: Any, names: tuple[str, str]) -> list[str]:
-    """What differs in a model or in data, by content: what was moved is still the same."""
-    old, new = ([entry] if isinstance(entry, Mapping) else entry for entry in (old, new))
-    prints = [[entry["fingerprint"] for entry in entries] for entries in (old, new)]
-    first, second = (", ".join(entry.get("name") or entry["source"] for entry in entries) for entries in (old, new))
-    unknown = None in prints[0] + prints[1]
-    if (first == second) if unknown else (prints[0] == prints[1]):
-        return []
-    if first == second:
-        return [f"the {key} {first} has changed in between"]
-    return [f"{key} {first} {names[0]}, {second} {names[1]}"]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back, so that settings can be compared with those in a file."""
-    return json.loads(json.dumps(value, default=_json_value))
-
-
-def _json_value(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -654,12 +354,12 @@ def results_text(results: Mapping[str, Any], *, width: int = _WIDTH) -> str:
     after = []
     if failed := overall["failures"]["samples"]:
         reasons = overall["failures"]["reasons"].items()
-        listed = "; ".join(f"{_one_line(reason)} ({count})" for reason, count in list(reasons)[:_NAMED])
+        listed = "; ".join(f"{_one_line(reason)} ({count})" for reason, count in list(reasons)[:_REASONS])
         after.append(f"! rewards failed on {failed} of {overall['samples']} samples and count 0 there: {listed}")
     if results["skipped"]:
-        after.append(f"! left out, longer than the context: {_named(results['skipped'])}")
+        after.append(f"! left out, longer than the context: {named(results['skipped'])}")
     timing = results["timing"]
-    took, scored = (_duration(timing[key]) for key in ("generate_seconds", "score_seconds"))
+    took, scored = (duration(timing[key]) for key in ("generate_seconds", "score_seconds"))
     after.append(f"{timing['tokens']} tokens in {took}, {timing['tokens_per_second']} a second; scored in {scored}")
     return "\n".join(
         [*_wrapped(notes[0], width), "", *notes[1:], "", *(line for one in after for line in _wrapped(one, width))]
@@ -712,7 +412,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
     }
     rows = [[table[key] for key in paired] for table in tables]
     notes = [
-        f"{_count(len(ids), 'problem')} {what}: {_named(ids)}"
+        f"{_count(len(ids), 'problem')} {what}: {named(ids)}"
         for ids, what in (
             (unpaired["only_a"], "only in A"),
             (unpaired["only_b"], "only in B"),
@@ -749,7 +449,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, Any]:
         "overall": part(range(len(paired))),
         "sources": {source: part(places) for source, places in by_source.items()},
         "unpaired": unpaired,
-        "settings": _changes(begun[0], begun[1], ("in A", "in B")),
+        "settings": changes_between(begun[0], begun[1], ("in A", "in B")),
         "notes": notes,
     }
 
@@ -789,83 +489,6 @@ def _finished(path: Path) -> dict[str, Any]:
     if (path / SAMPLES).exists():
         raise ValueError(f"the evaluation in {path} is not finished; the command that began it goes on with it")
     raise ValueError(f"{path} is not the directory of an evaluation: it has no {RESULTS} and {PROBLEMS}")
-
-
-# ------------------------------------------------------------------------------------------------------------ progress
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-class _Progress:
-    """A bar on a terminal, else a line per chunk: how far, how good, how fast, how long still."""
-
-    def __init__(self, total: int, rows: Sequence[Mapping[str, Any]], note: Note) -> None:
-        self._total, self._done, self._new = total, len(rows), 0
-        self._right = sum(row["correct"] for row in rows)
-        self._tokens = 0
-        self._note = note
-        self._started = time.perf_counter()
-        self._bar: Any = None
-        if note is not _silent and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}", markup=False),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(self._text(), total=total, completed=self._done)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._done += len(rows)
-        self._new += len(rows)
-        self._right += sum(row["correct"] for row in rows)
-        self._tokens += sum(row["tokens"] for row in rows)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._text())
-        else:
-            self._note(self._text())
-
-    def _text(self) -> str:
-        parts = [f"{self._done} of {self._total} samples"]
-        if self._done:
-            parts.append(f"avg {self._right / self._done:.2f}")
-        if self._new:
-            seconds = time.perf_counter() - self._started
-            parts.append(f"{self._tokens / seconds:.0f} tokens/s")
-            if self._done < self._total:
-                parts.append(f"{_duration((self._total - self._done) * seconds / self._new)} left")
-        return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    minutes, hours = whole // 60 % 60, whole // 3600
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
 def _count(number: int, what: str) -> str:
