@@ -275,7 +275,8 @@ def test_dtype_on_a_cpu_is_float32_unless_told(directory, tmp_path):
 @pytest.fixture(scope="module")
 def adapter(directory, tmp_path_factory):
     """A LoRA adapter whose matrices are random, and the logits of base and adapter together."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = AutoModelForCausalLM.from_pretrained(directory)
     with torch.random.fork_rng():
         torch.manual_seed(1)
