@@ -35,6 +35,8 @@ __all__ = ["main"]
 _WIDTH = 100
 # Exit status of a program that SIGPIPE ends: what read our output has seen enough of it.
 _READER_LEFT = 141
+# Exit status of a program that Ctrl-C ends.
+_INTERRUPTED = 130
 # Arrays of a file for `ctpo diagnose`; the first two have to be there.
 _ARRAYS = {
     "logp": "log-probabilities under the policy in training, nats, (..., T)",
@@ -79,11 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ctpo {options.command}: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "ctpo").partition(".")[0] == "ctpo":
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "ctpo":
             raise
-        print(f'ctpo {options.command} needs {error.name}: pip install "ctpo[train]"', file=sys.stderr)
+        needs = f"needs {error.name}" if isinstance(error, ModuleNotFoundError) else str(error).strip()
+        print(f'ctpo {options.command}: {needs}: pip install "ctpo[train]"', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return getattr(options, "status", 0)
 
 

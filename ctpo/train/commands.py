@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 __all__ = ["add_commands"]
 
+# Options of `load_problems`.
+_LOADING = ("split", "columns", "drop", "system_prompt", "instruction", "shuffle_seed", "limit")
 _SOURCES = """sources of problems:
   FILE.parquet, FILE.jsonl, FILE.json, each also .gz where it is text
   DIRECTORY                                     datasets.save_to_disk
@@ -189,23 +192,30 @@ def _add_loading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
 
 
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, as `load_problems` takes them."""
+    given = {name: getattr(options, name) for name in _LOADING if getattr(options, name) is not None}
+    if "columns" in given:
+        pairs = [part.partition("=") for part in given["columns"].split(",")]
+        if not all(field.strip() and column.strip() for field, _, column in pairs):
+            raise ValueError(f"--columns: got {options.columns!r}; allowed is FIELD=COLUMN,FIELD=COLUMN")
+        given["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
+    if "drop" in given:
+        given["drop"] = [name.strip() for name in given["drop"].split(",")]
+    return given
+
+
 def _show(options: argparse.Namespace) -> str:
     from ctpo.train.data import show_source
 
     return show_source(
         options.source,
         rows=options.rows,
-        split=options.split,
-        columns=options.columns,
-        drop=options.drop,
         model=options.model,
-        system_prompt=options.system_prompt,
-        instruction=options.instruction,
         max_prompt_tokens=options.max_prompt_tokens,
-        shuffle_seed=options.shuffle_seed,
-        limit=options.limit,
         on_bad_row="skip" if options.skip_bad_rows else "error",
         width=max(60, min(120, shutil.get_terminal_size().columns - 2)),
+        **_loading(options),
     )
 
 
@@ -213,8 +223,6 @@ def _show(options: argparse.Namespace) -> str:
 
 
 def _add_eval(commands: Any) -> None:
-    from ctpo.train import evaluation
-
     parser = commands.add_parser(
         "eval",
         help="evaluate a model on problems, go on with that, or compare two evaluations",
@@ -224,6 +232,138 @@ def _add_eval(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_SOURCES,
     )
-    evaluation.add_arguments(parser)
+    _add_eval_arguments(parser)
     _add_loading(parser.add_argument_group("problems"))
-    parser.set_defaults(run=evaluation.run)
+    parser.set_defaults(run=_eval)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """All but those of `load_problems`."""
+    parser.usage = (
+        "%(prog)s MODEL DATA [DATA ...] --output DIR [options]\n       %(prog)s --compare DIR_A DIR_B [--json]"
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory, checkpoint, LoRA adapter, .gguf file or name on the Hub"
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="parquet or JSON lines file, data set directory, hub:ORG/NAME[@SPLIT], reasoning-gym:TASK?size=100, "
+        "arithmetic?difficulty=2&size=100",
+    )
+    parser.add_argument("--output", metavar="DIR", help="where everything is kept; the same command goes on there")
+    parser.add_argument("--overwrite", action="store_true", help="remove what an earlier evaluation left in DIR")
+    parser.add_argument(
+        "--compare", action="store_true", help="compare the finished evaluations in two directories, B - A"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    group = parser.add_argument_group("answers")
+    group.add_argument("--samples", type=int, metavar="N", help="answers to each problem (default: 8; greedy: 1)")
+    group.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
+    group.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables of the chat template: '{"enable_thinking": false}'""",
+    )
+
+    group = parser.add_argument_group("tools and scores")
+    group.add_argument(
+        "--tools",
+        choices=("none", "auto", "calls", "fenced"),
+        default="none",
+        help="let the model run Python: by its template's tool calls, by fenced blocks, or the first if it has them "
+        "(default: none)",
+    )
+    group.add_argument("--max-rounds", type=int, default=8, help="turns with calls (default: %(default)s)")
+    group.add_argument("--sandbox", choices=("auto", "bubblewrap", "monty"), default="auto", help="default: auto")
+    group.add_argument(
+        "--rewards",
+        default="math",
+        metavar="SPEC",
+        help="NAME[:WEIGHT],...: math, format, reasoning-gym, package.module:function; the first says what is correct "
+        "(default: math)",
+    )
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--batch-size", type=int, help="answers drawn and saved together (default: 32; vLLM: 512)")
+    group.add_argument("--backend", choices=("auto", "transformers", "vllm"), default="auto", help="default: auto")
+    group.add_argument("--dtype", default="auto", help="default: auto, as saved; float32 on a CPU")
+    group.add_argument("--device", default="auto", help="default: auto, a GPU if there is one")
+    group.add_argument("--skip-long", action="store_true", help="leave out prompts longer than the model's context")
+
+
+def _eval(options: argparse.Namespace) -> str:
+    from ctpo.train.evaluation import compare, comparison_text, results_text
+    from ctpo.train.sandbox import SandboxUnavailable
+
+    width = min(shutil.get_terminal_size((80, 0)).columns, 120)
+    if options.compare:
+        compared = compare(*_directories(options))
+        return json.dumps(compared, indent=2) if options.json else comparison_text(compared, width=width)
+    try:
+        results = _evaluated(options)
+    except SandboxUnavailable as error:
+        raise ValueError(str(error)) from None
+    return json.dumps(results, indent=2) if options.json else results_text(results, width=width)
+
+
+def _directories(options: argparse.Namespace) -> tuple[str, str]:
+    """The two arguments of --compare, where no other option has a meaning."""
+    parser = argparse.ArgumentParser()
+    _add_eval_arguments(parser)
+    defaults = vars(parser.parse_args(["", ""])) | dict.fromkeys(_LOADING)
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, default in defaults.items()
+        if name not in ("model", "data", "compare", "json") and getattr(options, name, default) != default
+    ]
+    if given:
+        raise ValueError(f"--compare reads finished evaluations, {', '.join(given)} has no meaning with it")
+    if len(options.data) != 1:
+        raise ValueError(f"--compare needs two directories, got {1 + len(options.data)}")
+    return options.model, options.data[0]
+
+
+def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
+    if options.output is None:
+        raise ValueError("--output is missing: the directory where the samples and the results are kept")
+    template = None
+    if options.chat_template_kwargs is not None:
+        try:
+            template = json.loads(options.chat_template_kwargs)
+        except ValueError as error:
+            raise ValueError(f"--chat-template-kwargs is not JSON: {error}") from error
+        if not isinstance(template, dict):
+            raise ValueError(f"--chat-template-kwargs must be a JSON object, got {options.chat_template_kwargs}")
+    if not sys.stderr.isatty():
+        # A log gets the lines from here, not the bars of those who load models. Read by tqdm when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from ctpo.train.evaluation import evaluate
+    from ctpo.train.generation import Sampling
+
+    return evaluate(
+        options.model,
+        options.data,
+        output=options.output,
+        samples=options.samples,
+        sampling=Sampling(options.max_tokens, options.temperature, options.top_p, options.top_k),
+        tools=options.tools,
+        max_rounds=options.max_rounds,
+        sandbox=options.sandbox,
+        rewards=options.rewards,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        skip_long=options.skip_long,
+        chat_template_kwargs=template,
+        backend=options.backend,
+        dtype=options.dtype,
+        device=options.device,
+        overwrite=options.overwrite,
+        **_loading(options),
+    )

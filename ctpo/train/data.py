@@ -234,6 +234,18 @@ def filter_by_length(
     Raises:
         DataError: All are longer.
         ValueError: `max_prompt_tokens` is less than 1, or the tokenizer has no chat template.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+        >>> tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        >>> short = Problem(id="a", prompt=({"role": "user", "content": "What is 1 + 2?"},), ground_truth="3")
+        >>> long = Problem(id="b", prompt=({"role": "user", "content": "What is 1 + 2 + 3?"},), ground_truth="6")
+        >>> [problem.id for problem in filter_by_length([short, long], tokenizer, 5)]
+        ['a']
     """
     kept, left_out = _filtered(problems, tokenizer, max_prompt_tokens, tools, chat_template_kwargs)
     if left_out:
@@ -734,8 +746,8 @@ def show_source(
     *,
     rows: int = 3,
     split: str | None = None,
-    columns: str | None = None,
-    drop: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
     model: str | None = None,
     system_prompt: str | None = None,
     instruction: str | None = None,
@@ -751,8 +763,8 @@ def show_source(
         source: As for `load_problems`.
         rows: How many problems to show.
         split: As for `load_problems`.
-        columns: ``field=column``, several with commas between them.
-        drop: Columns to leave out, with commas between them.
+        columns: As for `load_problems`.
+        drop: As for `load_problems`.
         model: Directory or name of the model whose chat template renders them; None shows roles.
         system_prompt: As for `load_problems`.
         instruction: As for `load_problems`.
@@ -773,16 +785,13 @@ def show_source(
         >>> print(show_source("arithmetic", rows=0))
         192 problems: arithmetic
     """
-    pairs = [part.partition("=") for part in columns.split(",")] if columns else []
-    if wrong := [part for part in pairs if not part[0] or not part[2]]:
-        raise ValueError(f"columns: got {short(''.join(wrong[0]))}; allowed is field=column,field=column")
     if max_prompt_tokens is not None and model is None:
         raise ValueError("max_prompt_tokens needs a model, whose tokens are counted")
     problems, bad = _load(
         source,
         split=split,
-        columns={name.strip(): column.strip() for name, _, column in pairs},
-        drop=drop.split(",") if drop else (),
+        columns=columns,
+        drop=drop,
         limit=limit,
         shuffle_seed=shuffle_seed,
         system_prompt=system_prompt,

@@ -16,13 +16,8 @@ So an evaluation that was killed, whenever that was, goes on to the very samples
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
-import json
-import os
-import shutil
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -48,13 +43,11 @@ if TYPE_CHECKING:
     from ctpo.train.sandbox import Sandbox
     from ctpo.train.tools import Tools
 
-__all__ = ["add_arguments", "compare", "comparison_text", "evaluate", "results_text", "run"]
+__all__ = ["compare", "comparison_text", "evaluate", "results_text"]
 
 _MAX_TOKENS = 1024
 _SAMPLES = 8
 _MAX_SAMPLES = 1000
-# Options of `load_problems` that the command line has.
-_LOADING = ("split", "columns", "drop", "system_prompt", "instruction", "shuffle_seed", "limit")
 # Kinds of failures that a text lists.
 _REASONS = 3
 _WIDTH = 80
@@ -503,175 +496,3 @@ def _one_line(text: str) -> str:
 def _wrapped(text: str, width: int) -> list[str]:
     indent = "  " if text.startswith("!") else ""
     return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `ctpo eval`, all but those of `load_problems`; imports nothing heavy.
-
-    Args:
-        parser: Of the command.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_arguments(parser)
-        >>> parser.parse_args(["tiny", "aime25.parquet", "--output", "runs/a"]).max_tokens
-        1024
-    """
-    parser.usage = (
-        "%(prog)s MODEL DATA [DATA ...] --output DIR [options]\n       %(prog)s --compare DIR_A DIR_B [--json]"
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="directory, checkpoint, LoRA adapter, .gguf file or name on the Hub"
-    )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        nargs="+",
-        help="parquet or JSON lines file, data set directory, hub:ORG/NAME[@SPLIT], reasoning-gym:TASK?size=100, "
-        "arithmetic?difficulty=2&size=100",
-    )
-    parser.add_argument("--output", metavar="DIR", help="where everything is kept; the same command goes on there")
-    parser.add_argument("--overwrite", action="store_true", help="remove what an earlier evaluation left in DIR")
-    parser.add_argument(
-        "--compare", action="store_true", help="compare the finished evaluations in two directories, B - A"
-    )
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-
-    group = parser.add_argument_group("answers")
-    group.add_argument("--samples", type=int, metavar="N", help="answers to each problem (default: 8; greedy: 1)")
-    group.add_argument("--max-tokens", type=int, default=_MAX_TOKENS, help="of an answer (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
-    group.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
-    group.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    group.add_argument(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        help="""variables of the chat template: '{"enable_thinking": false}'""",
-    )
-
-    group = parser.add_argument_group("tools and scores")
-    group.add_argument(
-        "--tools",
-        choices=("none", "auto", "calls", "fenced"),
-        default="none",
-        help="let the model run Python: by its template's tool calls, by fenced blocks, or the first if it has them "
-        "(default: none)",
-    )
-    group.add_argument("--max-rounds", type=int, default=8, help="turns with calls (default: %(default)s)")
-    group.add_argument("--sandbox", choices=("auto", "bubblewrap", "monty"), default="auto", help="default: auto")
-    group.add_argument(
-        "--rewards",
-        default="math",
-        metavar="SPEC",
-        help="NAME[:WEIGHT],...: math, format, reasoning-gym, package.module:function; the first says what is correct "
-        "(default: math)",
-    )
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--batch-size", type=int, help="answers drawn and saved together (default: 32; vLLM: 512)")
-    group.add_argument("--backend", choices=("auto", "transformers", "vllm"), default="auto", help="default: auto")
-    group.add_argument("--dtype", default="auto", help="default: auto, as saved; float32 on a CPU")
-    group.add_argument("--device", default="auto", help="default: auto, a GPU if there is one")
-    group.add_argument("--skip-long", action="store_true", help="leave out prompts longer than the model's context")
-
-
-def run(options: argparse.Namespace) -> str:
-    """Carry out `ctpo eval`.
-
-    Args:
-        options: What the parser made of the arguments of `add_arguments`, and of `load_problems`' in text form.
-
-    Returns:
-        What is to be printed.
-
-    Raises:
-        ValueError: As `evaluate` and `compare`, or what a model or the sandbox needs is missing.
-        OSError: As `evaluate`.
-        SystemExit: With status 130 after Ctrl-C.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_arguments(parser)
-        >>> print(run(parser.parse_args(["runs/before", "runs/after", "--compare"])))  # doctest: +SKIP
-    """
-    width = min(shutil.get_terminal_size((_WIDTH, 0)).columns, 120)
-    try:
-        if options.compare:
-            compared = compare(*_directories(options))
-            return json.dumps(compared, indent=2) if options.json else comparison_text(compared, width=width)
-        results = _evaluate(options)
-        return json.dumps(results, indent=2) if options.json else results_text(results, width=width)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ImportError, RuntimeError) as error:
-        # A model that needs another package, or a machine on which nothing can isolate; both say what to install.
-        if type(error).__name__ not in ("ImportError", "SandboxUnavailable"):
-            raise
-        raise ValueError(str(error)) from error
-
-
-def _directories(options: argparse.Namespace) -> tuple[str, str]:
-    """The two arguments of --compare, where no other option has a meaning."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    defaults = vars(parser.parse_args(["", ""])) | dict.fromkeys(_LOADING)
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name, default in defaults.items()
-        if name not in ("model", "data", "compare", "json") and getattr(options, name, default) != default
-    ]
-    if given:
-        raise ValueError(f"--compare reads finished evaluations, {', '.join(given)} has no meaning with it")
-    if len(options.data) != 1:
-        raise ValueError(f"--compare needs two directories, got {1 + len(options.data)}")
-    return options.model, options.data[0]
-
-
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    if options.output is None:
-        raise ValueError("--output is missing: the directory where the samples and the results are kept")
-    loading = {name: getattr(options, name) for name in _LOADING if getattr(options, name) is not None}
-    if "columns" in loading:
-        pairs = [part.partition("=") for part in loading["columns"].split(",")]
-        if not all(field and column for field, _, column in pairs):
-            raise ValueError(f"--columns must be FIELD=COLUMN,FIELD=COLUMN, got {options.columns!r}")
-        loading["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
-    if "drop" in loading:
-        loading["drop"] = loading["drop"].split(",")
-    template = None
-    if options.chat_template_kwargs is not None:
-        try:
-            template = json.loads(options.chat_template_kwargs)
-        except ValueError as error:
-            raise ValueError(f"--chat-template-kwargs is not JSON: {error}") from error
-        if not isinstance(template, dict):
-            raise ValueError(f"--chat-template-kwargs must be a JSON object, got {options.chat_template_kwargs}")
-    if not sys.stderr.isatty():
-        # A log gets the lines from here, not the bars of those who load models. Read by tqdm when it is imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    from ctpo.train.generation import Sampling
-
-    return evaluate(
-        options.model,
-        options.data,
-        output=options.output,
-        samples=options.samples,
-        sampling=Sampling(options.max_tokens, options.temperature, options.top_p, options.top_k),
-        tools=options.tools,
-        max_rounds=options.max_rounds,
-        sandbox=options.sandbox,
-        rewards=options.rewards,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        skip_long=options.skip_long,
-        chat_template_kwargs=template,
-        backend=options.backend,
-        dtype=options.dtype,
-        device=options.device,
-        overwrite=options.overwrite,
-        **loading,
-    )

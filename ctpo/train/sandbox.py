@@ -310,7 +310,15 @@ def _open(name: str, limits: Limits) -> Backend:
 
 
 def backends() -> dict[str, str]:
-    """Every backend, with "" where a trial of it works here, else why it does not and what to install."""
+    """Which backends work here.
+
+    Returns:
+        Every backend by its name, with "" where a trial of it works, else why it does not and what to install.
+
+    Example:
+        >>> list(backends())
+        ['bubblewrap', 'monty']
+    """
     found = {}
     for name in get_args(BackendName):
         try:
