@@ -20,7 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctpo.train import _reward_worker
-from ctpo.train.rewards import ANSWER_LIMIT, RESPONSE_LIMIT, Rewards, extract_answer, extract_boxed, final_text
+from ctpo.train.rewards import (
+    ANSWER_LIMIT,
+    RESPONSE_LIMIT,
+    Rewards,
+    extract_answer,
+    extract_boxed,
+    final_text,
+    without_thoughts,
+)
 
 # Generous: the machine may be busy. Tests of the limit itself set their own.
 PATIENT = 60.0
@@ -29,6 +37,20 @@ ROW = {"ground_truth": "1"}
 
 def boxed(answer):
     return rf"So it is $\boxed{{{answer}}}$."
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """Writes a module that can be imported here, and gives its name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    count = iter(range(100))
+
+    def write(code):
+        name = f"functions_{os.getpid()}_{tmp_path.name}_{next(count)}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code), encoding="utf-8")
+        return name
+
+    return write
 
 
 # --- extraction -------------------------------------------------------------------------------------------------------
@@ -158,6 +180,46 @@ def test_answers_are_looked_for_at_the_end():
 )
 def test_final_text(completion, expected):
     assert final_text(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("plain", "plain"),
+        ("", ""),
+        ("<think>a</think>b", "b"),
+        ("a</think>b", "b"),  # the template has opened it
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("<think>a", ""),
+        ("a<think>b", ""),
+        ("<think>a</think>b<think>c", ""),
+        ("<think>a<think>b</think>c", "c"),
+        ("<think>a</think>", ""),
+    ],
+)
+def test_without_thoughts(response, expected):
+    assert without_thoughts(response) == expected
+
+
+def test_thoughts_are_not_answers(functions):
+    module = functions("def whole(response): return len(response)")
+    responses = [
+        r"<think>Maybe \boxed{70}? wait",
+        r"<think>\boxed{70}</think>I do not know.",
+        "<think>The answer is 70.",
+        "<think><answer>70</answer></think> no",
+        r"<think>\boxed{71}</think> \boxed{70}",
+        "<think>It is 71.</think>The answer is 70.",
+    ]
+    names = ["math", "format", "reasoning-gym", f"{module}:whole"]
+    rows = [gym_row("chain_sum") | {"ground_truth": "70"}] * len(responses)
+    with Rewards(dict.fromkeys(names, 1.0), timeout=PATIENT, workers=1) as rewards:
+        scores = rewards.score(responses, rows)
+    assert [score.parts["math"] for score in scores] == [0, 0, 0, 0, 1, 1]
+    assert [score.parts["format"] for score in scores] == [0, 0, 0, 0, 1, 0]
+    assert [score.parts["reasoning-gym"] == 1 for score in scores] == [False, False, False, False, True, False]
+    assert [score.answer for score in scores] == [None, None, None, None, "70", "70"]
+    assert [score.parts[names[3]] for score in scores] == list(map(len, responses))
 
 
 # --- verdicts of "math" -----------------------------------------------------------------------------------------------
@@ -535,20 +597,6 @@ def test_a_row_that_is_not_of_gym_is_a_failure(gym_rewards, details):
 
 
 # --- functions of the user --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def functions(tmp_path, monkeypatch):
-    """Writes a module that can be imported here, and gives its name."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    count = iter(range(100))
-
-    def write(code):
-        name = f"functions_{os.getpid()}_{tmp_path.name}_{next(count)}".replace("-", "_")
-        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code), encoding="utf-8")
-        return name
-
-    return write
 
 
 def test_functions_get_what_they_name(functions):

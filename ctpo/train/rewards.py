@@ -14,7 +14,8 @@ reasoning-gym         what the task's own `score_answer` gives
 package.mod:function  what the function returns: a number, or a dict with "score" as in verl
 ====================  ==================================================================================
 
-The answer that "math" and "reasoning-gym" judge is taken from the response by `extract_answer`.
+The answer that "math" and "reasoning-gym" judge is taken by `extract_answer` from what `without_thoughts` leaves of the
+response; "format" counts the boxes of that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ANSWER_LIMIT", "RESPONSE_LIMIT", "Rewards", "Score", "extract_answer", "extract_boxed"]
+__all__ = ["ANSWER_LIMIT", "RESPONSE_LIMIT", "Rewards", "Score", "extract_answer", "extract_boxed", "without_thoughts"]
 
 # Characters at the end of a response in which the built-in rewards look for an answer.
 RESPONSE_LIMIT = 1_000_000
@@ -142,6 +143,26 @@ def extract_answer(response: str) -> str | None:
     inside = response[start + len("<answer>") : end].strip()
     boxed = _last_boxes(inside)
     return inside if boxed is None else boxed
+
+
+def without_thoughts(text: str) -> str:
+    r"""The part of a response that is not a thought.
+
+    Args:
+        text: Text of a model.
+
+    Returns:
+        What comes after the last ``</think>``; the empty text where a ``<think>`` was opened after that and never
+        closed; the text itself where there are no thoughts.
+
+    Example:
+        >>> without_thoughts(r"<think>Maybe \boxed{70}?</think>It is \boxed{71}.")
+        'It is \\boxed{71}.'
+        >>> without_thoughts(r"<think>Maybe \boxed{70}? wait")
+        ''
+    """
+    said = text.rpartition("</think>")[2]
+    return "" if "<think>" in said else said
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,12 +536,15 @@ class Rewards:
         requests: list[dict[str, Any]] = []
         places: list[tuple[int, str]] = []
         outcomes: list[dict[str, dict[str, Any]]] = [{} for _ in responses]
-        answers = [extract_answer(response) for response in responses]
-        for index, (response, row) in enumerate(zip(responses, rows, strict=True)):
+        said = [without_thoughts(response) for response in responses]
+        answers = [extract_answer(text) for text in said]
+        for index, row in enumerate(rows):
             for name in self.weights:
                 if name not in self._in_worker:
-                    outcomes[index][name] = {"value": _one_box(response)}
+                    outcomes[index][name] = {"value": _one_box(said[index])}
                     continue
+                # Functions and patterns of the user get the whole response.
+                response = said[index] if name in ("math", "reasoning-gym") else responses[index]
                 try:
                     requests.append({"part": name, **_request(name, response, answers[index], row)})
                     places.append((index, name))
