@@ -136,6 +136,20 @@ def test_extraction_never_raises(text):
         (r"\boxed{1} <answer> 2 </answer>", "2"),
         (r"<answer>1</answer> <answer>2</answer> 3", "2"),
         (r"<answer>it is \boxed{7}</answer>", "7"),
+        (r"\boxed{70}. (final answer in \boxed{} as asked)", "70"),
+        (r"\boxed{70}, \boxed{...}", "70"),
+        (r"\boxed{70} in $\boxed{\ldots}$", "70"),
+        ("<answer>70</answer> as in <answer>...</answer>", "70"),
+        ("<answer>70</answer><answer> </answer>", "70"),
+        (r"<answer>70</answer><answer>\boxed{}</answer>", "70"),
+        (r"<answer>\boxed{70} in \boxed{ }</answer>", "70"),
+        (r"\boxed{70} <answer></answer>", "70"),
+        (r"\boxed{}", None),
+        ("<answer>...</answer>", None),
+        (r"\boxed{\{\}}", r"\{\}"),
+        (r"\boxed{.5}", ".5"),
+        ("$\\boxed{70}$\n\n$\\boxed{70}$", "70"),
+        (r"\boxed{1}, \boxed{2}, \boxed{1}", "1, 2, 1"),
         (r"<answer>7", None),
         ("</answer> <answer>7", None),
         ("seven", None),
@@ -147,7 +161,18 @@ def test_extract_answer(response, expected):
 
 def test_extraction_takes_time_in_proportion_to_the_length():
     started = time.perf_counter()
-    for part in (r"\boxed{", r"\boxed ", "{", "}", "\\", "<answer>", "</answer>", r"\boxed{1}, "):
+    for part in (
+        r"\boxed{",
+        r"\boxed ",
+        "{",
+        "}",
+        "\\",
+        "<answer>",
+        "</answer>",
+        r"\boxed{1}, ",
+        r"\boxed{}",
+        "<answer></answer>",
+    ):
         text = part * (2_000_000 // len(part))
         extract_boxed(text)
         extract_answer(text)
@@ -180,6 +205,25 @@ def test_answers_are_looked_for_at_the_end():
 )
 def test_final_text(completion, expected):
     assert final_text(completion) == expected
+
+
+NOT_COMPLETIONS = [
+    None,
+    5,
+    {"role": "assistant", "content": "1"},
+    [None],
+    ["x"],
+    [{"role": "assistant", "content": 5}],
+    [{"role": "assistant", "content": ["x"]}],
+    [{"role": "assistant", "content": [{"type": "text", "text": 5}]}],
+    [{"role": "assistant", "content": {"text": "x"}}],
+]
+
+
+@pytest.mark.parametrize("completion", NOT_COMPLETIONS)
+def test_final_text_of_what_is_none(completion):
+    with pytest.raises(ValueError, match="completion"):
+        final_text(completion)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +344,8 @@ WITHOUT_A_BOX = [
     ("70", r"\boxed{70}, no: \boxed{71}", 0),
     ("70", r"\boxed{71} <answer>70</answer>", 1),
     ("70", r"\boxed{70", 0),
+    ("70", r"The answer is 70, put in \boxed{}.", 1),
+    ("70", r"The answer is $70$. <answer>...</answer>", 1),
     ("70", "", 0),
 ]
 
@@ -733,6 +779,34 @@ def test_rows_that_cannot_be_sent_are_failures(functions):
     assert "extra_info is no JSON" in scores[2].failures[name]
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def test_bad_rows_are_failures_of_their_own(functions):
+    class Rude:
+        def __str__(self):
+            raise RuntimeError("rude")
+
+    name = f"{functions('def f(response, extra_info, ground_truth): return 1')}:f"
+    deep = [nested(depth) for depth in (*range(900, 1000, 3), 100_000)]
+    texts = ['{"a":' * depth + "1" + "}" * depth for depth in (*range(900, 1000, 3), 100_000)]
+    no_rows = [None, 5, "row", [("ground_truth", "1")], {"ground_truth": Rude()}]
+    rows = [row for bad in (*deep, *texts) for row in ({"ground_truth": "1", "extra_info": bad}, ROW)]
+    rows += [row for bad in no_rows for row in (bad, ROW)]
+    with Rewards(f"math,{name},reasoning-gym:0,format", timeout=5, workers=1) as rewards:
+        scores = rewards.score([boxed("1")] * len(rows), rows)
+    assert {score.total for score in scores[1::2]} == {3.0}
+    assert all(name in score.failures for score in (scores[2 * len(deep) - 2], scores[2 * len(deep + texts) - 2]))
+    for score in scores[-2 * len(no_rows) :: 2]:
+        assert {"math", name, "reasoning-gym"} == set(score.failures)
+        assert score.parts["format"] == 1
+    assert scores[-2 * len(no_rows)].failures["math"] == "the row is a NoneType, not a mapping"
+
+
 def test_order_is_kept_however_long_each_takes(functions):
     code = "import time\ndef f(response):\n    time.sleep(float(response) % 7 / 500)\n    return float(response)"
     with Rewards(f"{functions(code)}:f", timeout=PATIENT, workers=3) as rewards:
@@ -965,6 +1039,9 @@ def test_total_is_the_weighted_sum_and_the_first_reward_decides(functions):
     [
         ("", "must name at least one reward"),
         ({}, "must name at least one reward"),
+        (None, "specification must be a text or a mapping of names to weights, got None"),
+        (["math"], r"specification must be a text or a mapping of names to weights, got \['math'\]"),
+        ({1: 1}, "specification must have texts as names of rewards, got 1"),
         ("maths", "unknown reward 'maths': did you mean 'math'"),
         ("reasoning_gym:1", "did you mean 'reasoning-gym'"),
         ("length", "allowed are math, format, reasoning-gym and functions"),
@@ -1007,8 +1084,15 @@ def test_functions_that_cannot_be_called_are_refused(functions, code, message):
     [
         ({"timeout": 0}, "timeout must be positive"),
         ({"timeout": math.inf}, "timeout must be positive"),
-        ({"memory": 1000}, "memory must be at least"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"timeout": "5"}, "timeout must be positive and finite, got '5'"),
+        ({"timeout": True}, "timeout must be positive"),
+        ({"memory": 1000}, "memory must be a whole number of bytes, at least 67108864"),
+        ({"memory": "1GB"}, "memory must be a whole number of bytes.* got '1GB'"),
+        ({"memory": 1e9}, "memory must be a whole number of bytes"),
+        ({"workers": 0}, "workers must be a whole number, at least 1"),
+        ({"workers": "2"}, "workers must be a whole number.* got '2'"),
+        ({"workers": 1.5}, "workers must be a whole number.* got 1.5"),
+        ({"format_pattern": 3}, "format_pattern must be a text or None, got 3"),
         ({"format_pattern": "a"}, "there is no reward 'format'"),
     ],
 )
@@ -1026,6 +1110,14 @@ def test_rows_are_as_many_as_responses():
             rewards.score(["", ""], [{}])
         with pytest.raises(ValueError, match=r"responses\[1\] must be a text, got a NoneType"):
             rewards.score(["", None], [{}, {}])
+        for arguments, message in (
+            (("a", [{}]), "responses must be a list, got a str"),
+            ((None, []), "responses must be a list, got a NoneType"),
+            (([], None), "rows must be a list, got a NoneType"),
+            (([""], {"ground_truth": "1"}), "rows must be a list, got a dict"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                rewards.score(*arguments)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
@@ -1065,6 +1157,49 @@ def test_trl_scores_and_logs(functions):
     assert found == [0.0, 1.5]
     assert metrics == {f"parts/{name}": 0.5, f"failures/{name}": 0.5, "parts/format": 0.5, "failures/format": 0.0}
     assert extra == {"reward_failures": [f"{name}: ValueError", ""]}
+
+
+def test_trl_is_told_of_a_missing_column():
+    call = {"prompts": ["a"] * 2, "completions": [boxed("1")] * 2, "trainer_state": object()}
+    with Rewards("math", timeout=PATIENT) as rewards:
+        function = rewards.as_trl()
+        message = "reward 'math' needs a column 'ground_truth' of the data set, which has answer, id: rename the column"
+        with pytest.raises(ValueError, match=message):
+            function(**call, answer=["1", "2"], id=["1", "2"])
+        with pytest.raises(ValueError, match="which has none besides the prompt"):
+            function(**call)
+        assert function(**call, ground_truth=["1", None]) == [1, 0]  # a fault of one row
+    missing = pytest.raises(ValueError, match="'reasoning-gym' needs a column 'extra_info'")
+    with Rewards("format,reasoning-gym") as rewards, missing:
+        rewards.as_trl()(**call, ground_truth=["1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ground_truth": ["1"]}, "ground_truth must be as many as prompts, got 1 and 2"),
+        ({"ground_truth": "12"}, "ground_truth must be a list, got a str"),
+        ({"ground_truth": 12}, "ground_truth must be a list, got a int"),
+        ({"id": ["1"] * 3}, "id must be as many as prompts, got 3 and 2"),
+        ({"completions": ["1"]}, "completions must be as many as prompts, got 1 and 2"),
+        ({"completions": None}, "completions must be a list, got a NoneType"),
+        ({"prompts": "ab"}, "prompts must be a list, got a str"),
+    ],
+)
+def test_trl_calls_of_a_wrong_shape_are_refused(changes, message):
+    call = {"prompts": ["a"] * 2, "completions": ["1"] * 2, "ground_truth": ["1"] * 2}
+    with Rewards("math") as rewards, pytest.raises(ValueError, match=message):
+        rewards.as_trl()(**call | changes)
+
+
+def test_trl_completions_that_are_none_are_failures(functions):
+    name = f"{functions('def f(response): return 1')}:f"
+    completions = [completion for bad in NOT_COMPLETIONS for completion in (bad, boxed("1"))]
+    metrics = {}
+    with Rewards(f"{name},format", timeout=PATIENT) as rewards:
+        found = rewards.as_trl()([""] * len(completions), completions, log_metric=metrics.__setitem__)
+    assert found == [0, 2] * len(NOT_COMPLETIONS)
+    assert (metrics[f"failures/{name}"], metrics["failures/format"]) == (0.5, 0.5)
 
 
 def test_the_real_trainer_takes_the_function():

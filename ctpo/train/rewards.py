@@ -96,13 +96,18 @@ def extract_boxed(text: str) -> str | None:
     return text[boxes[-1][1] : boxes[-1][2]].strip() if boxes else None
 
 
+# What a repetition of the instructions has in place of an answer: "put it in \boxed{}", "<answer>...</answer>".
+_NOTHING = r"(?:[\s$.…]|\\[lc]?dots|\\[,;: ])*"
+_BLANK = re.compile(_NOTHING)
+_BLANK_MARK = re.compile(rf"\\boxed\s*\{{{_NOTHING}\}}|<answer>{_NOTHING}</answer>")
+
 # What may stand between two boxes that together are one answer.
 _BETWEEN = re.compile(r"(?:[\s$,;&]|\\[()\[\],;: ]|\\q?quad|and|or|\\text\s*\{\s*(?:and|or)\s*\}){0,20}")
 
 
 def _last_boxes(text: str) -> str | None:
-    """As `extract_boxed`, but boxes joined by "and", "or" or commas make one list."""
-    boxes = _boxes(text)
+    """As `extract_boxed`, but boxes joined by "and", "or" or commas make one list, and blank ones do not count."""
+    boxes = [box for box in _boxes(text) if not _BLANK.fullmatch(text, box[1], box[2])]
     if not boxes:
         return None
     contents = [boxes[-1][1:]]
@@ -110,15 +115,17 @@ def _last_boxes(text: str) -> str | None:
         if end >= command or _BETWEEN.fullmatch(text, end + 1, command) is None:
             break
         contents.append((start, end))
-    return ", ".join(text[start:end].strip() for start, end in reversed(contents))
+    texts = [text[start:end].strip() for start, end in reversed(contents)]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
 
 
 def extract_answer(response: str) -> str | None:
     r"""The answer that a response marks as such.
 
     If there is an ``<answer>...</answer>``, the last one is looked at alone. The answer is the last box of that, and
-    where boxes follow one another with nothing but commas, "and" or "or" between them, the list of their contents;
-    without a box the whole content of the tags. Only the last `RESPONSE_LIMIT` characters are read.
+    where boxes follow one another with nothing but commas, "and" or "or" between them, the list of their contents (once
+    if they are all the same); without a box the whole content of the tags. Boxes and tags with nothing or only dots in
+    them do not count. Only the last `RESPONSE_LIMIT` characters are read.
 
     Args:
         response: Text of a model.
@@ -132,17 +139,27 @@ def extract_answer(response: str) -> str | None:
         '1, 2'
         >>> extract_answer("<answer> 42 </answer>")
         '42'
+        >>> extract_answer(r"\boxed{42}, in \boxed{} as asked.")
+        '42'
         >>> extract_answer("It is 42.") is None
         True
     """
     response = response[-RESPONSE_LIMIT:]
     end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, end) if end >= 0 else -1
-    if start < 0:
-        return _last_boxes(response)
-    inside = response[start + len("<answer>") : end].strip()
-    boxed = _last_boxes(inside)
-    return inside if boxed is None else boxed
+    while end >= 0 and (start := response.rfind("<answer>", 0, end)) >= 0:
+        inside = response[start + len("<answer>") : end].strip()
+        boxed = _last_boxes(inside)
+        if boxed is not None:
+            return boxed
+        if not _BLANK.fullmatch(_BLANK_MARK.sub("", inside)):
+            return inside
+        end = response.rfind("</answer>", 0, start)
+    return _last_boxes(response)
+
+
+def _unmarked(response: str) -> str:
+    """The end of a response in which no answer is marked, without the blank marks."""
+    return _BLANK_MARK.sub("", response[-RESPONSE_LIMIT:])
 
 
 def without_thoughts(text: str) -> str:
@@ -245,7 +262,7 @@ class _Worker:
         return made
 
     def kill(self) -> str:
-        """End it, with the processes that it started; returns how it had ended."""
+        """End it, with its process group; returns how it had ended."""
         with contextlib.suppress(OSError):
             # The leader has not been waited for, so its number still is its group's.
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -277,6 +294,10 @@ class _Worker:
 def _framed(message: Mapping[str, Any]) -> bytes:
     data = json.dumps(message, default=_plain).encode()
     return len(data).to_bytes(4, "big") + data
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _plain(value: Any) -> Any:
@@ -340,8 +361,8 @@ class _Pool:
                     task = waiting.popleft()
                     try:
                         worker.outgoing += _framed({"task": task, **requests[task]})
-                    except (TypeError, ValueError) as error:
-                        outcomes[task] = {"failure": f"{type(error).__name__}: {error}"}
+                    except Exception as error:  # among them RecursionError, for what is nested too deeply
+                        outcomes[task] = {"failure": _described(error)}
                     else:
                         worker.task, worker.deadline = task, time.monotonic() + self.timeout
             busy = [worker for worker in self.workers if worker.task is not None]
@@ -481,13 +502,15 @@ class Rewards:
                 'when it is imported; move that under `if __name__ == "__main__":` or the function to another module'
             )
         self.weights = _weights(specification)
-        if not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
+        if isinstance(timeout, bool) or not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
             raise ValueError(f"timeout must be positive and finite, got {timeout!r}")
-        if memory is not None and memory < 1 << 26:
-            raise ValueError(f"memory must be at least {1 << 26} bytes or None, got {memory!r}")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers!r}")
+        if memory is not None and not (isinstance(memory, int) and memory >= 1 << 26):
+            raise ValueError(f"memory must be a whole number of bytes, at least {1 << 26}, or None, got {memory!r}")
+        if workers is not None and (isinstance(workers, bool) or not (isinstance(workers, int) and workers >= 1)):
+            raise ValueError(f"workers must be a whole number, at least 1, or None, got {workers!r}")
         if format_pattern is not None:
+            if not isinstance(format_pattern, str):
+                raise ValueError(f"format_pattern must be a text or None, got {format_pattern!r}")
             if "format" not in self.weights:
                 raise ValueError("format_pattern is given but there is no reward 'format'")
             try:
@@ -526,30 +549,42 @@ class Rewards:
             Scores in the same order. A bad row is a failure of its own score.
 
         Raises:
-            ValueError: There are not as many rows as responses.
+            ValueError: There are not as many rows as responses, or a response is no text.
         """
+        _check_list("responses", responses)
+        _check_list("rows", rows)
         if len(responses) != len(rows):
             raise ValueError(f"rows must be as many as responses, got {len(rows)} and {len(responses)}")
         for index, response in enumerate(responses):
             if not isinstance(response, str):
                 raise ValueError(f"responses[{index}] must be a text, got a {type(response).__name__}")
+        return self._score(responses, rows)
+
+    def _score(self, responses: Sequence[str | ValueError], rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+        """As `score`; in place of a response there may be why it cannot be had, which is its failure."""
         requests: list[dict[str, Any]] = []
         places: list[tuple[int, str]] = []
         outcomes: list[dict[str, dict[str, Any]]] = [{} for _ in responses]
-        said = [without_thoughts(response) for response in responses]
-        answers = [extract_answer(text) for text in said]
-        for index, row in enumerate(rows):
+        answers: list[str | None] = [None] * len(responses)
+        for index, (response, row) in enumerate(zip(responses, rows, strict=True)):
+            if isinstance(response, ValueError):
+                outcomes[index] = {name: {"failure": str(response)} for name in self.weights}
+                continue
+            said = without_thoughts(response)
+            answers[index] = extract_answer(said)
             for name in self.weights:
                 if name not in self._in_worker:
-                    outcomes[index][name] = {"value": _one_box(said[index])}
+                    outcomes[index][name] = {"value": _one_box(said)}
                     continue
                 # Functions and patterns of the user get the whole response.
-                response = said[index] if name in ("math", "reasoning-gym") else responses[index]
+                text = said if name in ("math", "reasoning-gym") else response
                 try:
-                    requests.append({"part": name, **_request(name, response, answers[index], row)})
+                    requests.append({"part": name, **_request(name, text, answers[index], row)})
                     places.append((index, name))
                 except ValueError as error:
                     outcomes[index][name] = {"failure": str(error)}
+                except Exception as error:  # a value of the row has methods that fail
+                    outcomes[index][name] = {"failure": _described(error)}
         for (index, name), outcome in zip(places, self._pool.run(requests), strict=True):
             outcomes[index][name] = outcome
         return [self._sum(found, answer) for found, answer in zip(outcomes, answers, strict=True)]
@@ -578,7 +613,9 @@ class Rewards:
         column of the table of completions.
 
         Returns:
-            A function with the name "total" that gives that of each completion, never None.
+            A function with the name "total" that gives that of each completion, never None. It raises ValueError where
+            it is called wrongly: a column that "math" (ground_truth) or "reasoning-gym" (ground_truth and extra_info)
+            needs is not there at all, or a column or the completions are not as many as the prompts.
 
         Example:
             >>> with Rewards("format") as rewards:
@@ -596,12 +633,17 @@ class Rewards:
             log_extra: Callable[[str, list[str]], None] | None = None,
             **columns: Any,
         ) -> list[float]:
+            _check_list("prompts", prompts)
+            _check_list("completions", completions, prompts)
+            self._check_columns(columns)
             names = [name for name in ("id", "ground_truth", "data_source", "extra_info") if name in columns]
+            for column in names:
+                _check_list(column, columns[column], prompts)
             rows = [
                 {"prompt": prompt, **{name: columns[name][index] for name in names}}
                 for index, prompt in enumerate(prompts)
             ]
-            scores = self.score([final_text(completion) for completion in completions], rows)
+            scores = self._score([_final_text(completion) for completion in completions], rows)
             for name in self.weights if scores else ():
                 failed = sum(name in score.failures for score in scores)
                 if log_metric is not None:
@@ -613,6 +655,17 @@ class Rewards:
             return [score.total for score in scores]
 
         return total
+
+    def _check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Without its column a reward would be 0 everywhere, and the training would go on."""
+        for reward, needed in _COLUMNS.items():
+            for column in needed if reward in self.weights else ():
+                if columns.get(column) is None:
+                    others = ", ".join(sorted(set(columns) - _NOT_COLUMNS)) or "none besides the prompt"
+                    raise ValueError(
+                        f"reward {reward!r} needs a column {column!r} of the data set, which has {others}: "
+                        f"rename the column that holds it to {column!r}"
+                    )
 
     def close(self) -> None:
         """End the workers."""
@@ -627,8 +680,28 @@ class Rewards:
         self.close()
 
 
+# The columns that the built-in rewards cannot do without.
+_COLUMNS = {"math": ("ground_truth",), "reasoning-gym": ("ground_truth", "extra_info")}
+# What TRL's trainers pass besides the columns of the data set.
+_NOT_COLUMNS = {"trainer_state", "environments"}
+
+
+def _check_list(name: str, value: Any, prompts: Sequence[Any] | None = None) -> None:
+    """Whether an argument of a call is a list, as long as the prompts."""
+    if isinstance(value, str | bytes | Mapping) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise ValueError(f"{name} must be a list, got a {type(value).__name__}")
+    if prompts is not None and len(value) != len(prompts):
+        raise ValueError(f"{name} must be as many as prompts, got {len(value)} and {len(prompts)}")
+
+
 def final_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """What the assistant wrote after the last message that is not its own.
+
+    Args:
+        completion: A text, or messages with "role" and "content" (a text, None, or parts with "text").
+
+    Raises:
+        ValueError: It is neither.
 
     Example:
         >>> final_text([{"role": "tool", "content": "4"}, {"role": "assistant", "content": "It is 4."}])
@@ -636,15 +709,29 @@ def final_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """
     if isinstance(completion, str):
         return completion
+    if not isinstance(completion, Sequence):
+        raise ValueError(f"the completion is a {type(completion).__name__}, neither a text nor messages")
     texts: list[str] = []
     for message in reversed(completion):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message of the completion is a {type(message).__name__}, not a mapping")
         if message.get("role") != "assistant":
             break
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(part.get("text") or "" for part in content)
-        texts.append(content)
-    return "\n".join(reversed(texts))
+        content = message.get("content")
+        for part in reversed(content) if isinstance(content, list | tuple) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if not isinstance(part, Mapping) or not isinstance(text, str | None):
+                raise ValueError(f"the content of a message of the completion is or holds a {type(text).__name__}")
+            texts.append(text or "")
+        texts.append("\n")
+    return "".join(reversed(texts[:-1]))
+
+
+def _final_text(completion: Any) -> str | ValueError:
+    try:
+        return final_text(completion)
+    except ValueError as error:
+        return error
 
 
 def _weights(specification: str | Mapping[str, float]) -> dict[str, float]:
@@ -656,10 +743,14 @@ def _weights(specification: str | Mapping[str, float]) -> dict[str, float]:
                 pairs.append((name.strip(), float(last)) if colon else (item, 1.0))
             except ValueError:
                 pairs.append((item, 1.0))
-    else:
+    elif isinstance(specification, Mapping):
         pairs = list(specification.items())
+    else:
+        raise ValueError(f"specification must be a text or a mapping of names to weights, got {specification!r}")
     weights: dict[str, float] = {}
     for name, weight in pairs:
+        if not isinstance(name, str):
+            raise ValueError(f"specification must have texts as names of rewards, got {name!r}")
         if name in weights:
             raise ValueError(f"reward {name!r} is given twice")
         if name not in BUILT_IN and not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name):
@@ -685,6 +776,8 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
     """What a worker needs for one reward of one response; ValueError where the row has it not."""
     if name == "format":
         return {"response": response}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"the row is a {type(row).__name__}, not a mapping")
     if name == "math":
         truths: Any = row.get("ground_truth")
         truths = truths.tolist() if hasattr(truths, "tolist") else truths
@@ -692,7 +785,7 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
         texts = [str(truth).strip() for truth in truths if truth is not None]
         if not any(texts):
             raise ValueError("the row has no ground_truth")
-        read = response[-ANSWER_LIMIT:] if answer is None else answer
+        read = _unmarked(response)[-ANSWER_LIMIT:] if answer is None else answer
         if len(read) > ANSWER_LIMIT:
             raise ValueError(f"the answer has {len(read)} characters, at most {ANSWER_LIMIT} are read")
         return {
@@ -704,8 +797,8 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
     if isinstance(details, str):
         try:
             details = json.loads(details)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the row's extra_info is no JSON: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"the row's extra_info is no JSON that can be read: {error}") from error
     if name == "reasoning-gym":
         return {**_gym_task(row, details), "answer": _last_line(response) if answer is None else answer}
     given = {key: row.get(key) for key in ("id", "prompt", "data_source", "ground_truth")}
@@ -713,7 +806,7 @@ def _request(name: str, response: str, answer: str | None, row: Mapping[str, Any
 
 
 def _last_line(response: str) -> str:
-    return next((line.strip() for line in reversed(response[-RESPONSE_LIMIT:].splitlines()) if line.strip()), "")
+    return next((line.strip() for line in reversed(_unmarked(response).splitlines()) if line.strip()), "")
 
 
 def _gym_task(row: Mapping[str, Any], details: Any) -> dict[str, Any]:
