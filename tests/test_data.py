@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import decimal
 import functools
@@ -28,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
-from ctpo.train import _made_problems
+from ctpo.train import _made_problems, _rows
 from ctpo.train._made_problems import parsed
 from ctpo.train.data import (
     BOXED,
@@ -138,6 +139,9 @@ def test_content_in_parts_and_null_keys_of_messages(tmp_path):
         (1e22, "10000000000000000000000"),
         (1e-7, "0.0000001"),
         (100.0, "100"),
+        (-0.0, "0"),
+        (-0.25, "-0.25"),
+        (0, "0"),
         (10**40, str(10**40)),
         (["42"], "42"),
         ([42], "42"),
@@ -150,6 +154,12 @@ def test_content_in_parts_and_null_keys_of_messages(tmp_path):
         ("#### 1,234,567 \r\n", "1234567"),
         ("#### 1, 2", "1, 2"),
         ("#### 3\nno:\n#### -4.5", "-4.5"),
+        ("#### 42\n\n  \n", "42"),
+        ("####42", "42"),
+        ("#### Solution\nIt is 42", "#### Solution\nIt is 42"),
+        ("#### Solution\nIt is\n#### 42", "42"),
+        ("##### Solution", "##### Solution"),
+        ("42\n####", "42\n####"),
         ("a #### 3", "a #### 3"),
         (r"\boxed{3}", r"\boxed{3}"),
     ],
@@ -181,6 +191,36 @@ def test_solution_gives_the_answer_in_its_box(tmp_path):
     assert (found.ground_truth, found.extra_info) == ("0.5", {"solution": solution})
     assert refused(tmp_path, {"problem": "?", "solution": "It is 3."}).column == "solution"
     assert refused(tmp_path, {"problem": "?", "solution": r"\boxed{ }"}).column == "solution"
+    found = one(tmp_path, {"problem": "?", "solution": "#### Step 1\nAdd: \\boxed{7}."})
+    assert found.ground_truth == "7"
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so $\boxed 4$.", "4"),
+        (r"so $\boxed  -4.5 $.", "-4.5"),
+        (r"so \(\boxed \frac{1}{2}\).", r"\frac{1}{2}"),
+        (r"so \[x = \boxed4\]", "4"),
+        (r"so $\fbox{4}$.", "4"),
+        (r"so $\fbox {\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"$\boxed{1}$, no, $\boxed 2$", "2"),
+        (r"$\boxed 1$, no, $\fbox{2}$", "2"),
+        (r"$\boxed 1$, no, $\boxed{2}$", "2"),
+        (r"$\boxed {3}$ and $y$", "3"),
+        (r"${\boxed 5}$", "5"),
+        ("a\\\\boxed 6$ \\boxed{7}", "7"),  # a line break, then the word
+        ("a\\\\\\boxed 6$", "6"),  # a line break, then the command
+    ],
+)
+def test_other_boxes_of_math(tmp_path, solution, answer):
+    found = one(tmp_path, {"problem": "?", "solution": solution})
+    assert (found.ground_truth, found.extra_info) == (answer, {"solution": solution})
+
+
+@pytest.mark.parametrize("solution", [r"\boxed 4 is it", r"$\boxedtext 4$", "\\boxed a\nb$", r"$\boxed{4$", r"\fbox 4"])
+def test_boxes_without_an_end_hold_no_answer(tmp_path, solution):
+    assert refused(tmp_path, {"problem": "?", "solution": solution}).column == "solution"
 
 
 def test_columns_of_other_names(tmp_path):
@@ -539,6 +579,9 @@ def test_files_of_other_kinds(tmp_path):
         {"columns": {"prompts": "q"}},
         {"columns": {"prompt": ""}},
         {"columns": {"prompt": 3}},
+        {"columns": "prompt=q"},
+        {"columns": [("prompt", "q")]},
+        {"drop": None},
         {"drop": "image"},
         {"drop": [3]},
         {"system_prompt": 3},
@@ -630,6 +673,71 @@ def test_round_trip_by_what_datasets_writes(tmp_path, quiet_datasets):
     for name in ("a.parquet", "a.jsonl", "saved"):
         assert load_problems(tmp_path / name) == problems
     assert to_dataset([]).num_rows == 0
+
+
+MIXED = [
+    {"prompt": "plain", "answer": 42, "meta": {"level": 1, "tags": ["a", 1]}},
+    {"prompt": [USER], "answer": "\\pi", "meta": {"level": "hard", "tags": []}},
+    {"prompt": 'so "quoted"', "answer": "7", "meta": {"level": None, "tags": [{"b": [2]}]}},
+]
+
+
+def write_mixed(path: Path, route: str, datasets) -> Path:
+    (path / "d").mkdir()
+    file = write_lines(path / "d" / "train.jsonl", MIXED)
+    if route == "file":
+        return file
+    if route in ("directory", "hub"):
+        return path / "d"
+    dataset = datasets.load_dataset(str(path / "d"), split="train")
+    assert {"prompt", "answer"} <= {name for name, feature in dataset.features.items() if feature == datasets.Json()}
+    if route == "saved":
+        dataset.save_to_disk(path / "saved")
+        return path / "saved"
+    if route == "saved splits":
+        datasets.DatasetDict(train=dataset).save_to_disk(path / "saved")
+        return path / "saved"
+    dataset.to_parquet(path / "a.parquet")
+    return path / "a.parquet"
+
+
+@pytest.mark.parametrize("route", ["file", "directory", "hub", "saved", "saved splits", "parquet"])
+def test_columns_of_several_types(tmp_path, quiet_datasets, monkeypatch, route):
+    if not hasattr(quiet_datasets, "Json"):
+        pytest.skip("datasets before 5 refuses such columns")
+    path = write_mixed(tmp_path, route, quiet_datasets)
+    monkeypatch.chdir(tmp_path)  # datasets looks here before it asks the Hub
+    found = load_problems("hub:d" if route == "hub" else path)
+    assert [problem.ground_truth for problem in found] == ["42", "\\pi", "7"]
+    assert [problem.prompt[0]["content"] for problem in found] == ["plain", USER["content"], 'so "quoted"']
+    tags = [problem.extra_info["meta"]["tags"] for problem in found]
+    assert tags == [["a", 1], [], [{"b": [2]}]]
+    assert [problem.extra_info["meta"]["level"] for problem in found] == [1, "hard", None]
+
+
+def as_json(texts: list) -> pa.Array:
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+
+@pytest.mark.skipif(not hasattr(pa, "json_"), reason="pyarrow before 19 has no such type")
+def test_damaged_json_of_a_column_is_named_by_its_row(tmp_path):
+    table = pa.table({"prompt": ["?"] * 4, "answer": as_json(["1", '{"a"', '{"a": 1, "a": 2}', '"x"'])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 1, column 'answer': is not JSON: .* \(also bad: row 2\)"):
+        load_problems(tmp_path / "a.parquet")
+    found = load_problems(tmp_path / "a.parquet", on_bad_row="skip")
+    assert [problem.ground_truth for problem in found] == ["1", "x"]
+
+
+def test_type_that_pyarrow_does_not_know_is_told_by_the_field(tmp_path):
+    fields = [
+        pa.field("prompt", pa.string()),
+        pa.field("answer", pa.string(), metadata={"ARROW:extension:name": "arrow.json"}),
+    ]
+    decoders = [_rows._decoder(field) for field in fields]
+    assert decoders[0] is None
+    assert decoders[1]('"x"') == "x"
+    assert decoders[1](None) is None
 
 
 def test_saved_data_set_with_splits(tmp_path, quiet_datasets):
@@ -845,7 +953,10 @@ def test_hub(clone, monkeypatch, source, split, question):
     monkeypatch.chdir(clone)  # datasets looks here before it asks the Hub
     (found,) = load_problems(source, split=split)
     info = {"answer": "thus\n#### 1,234"}
-    assert found == Problem("org/name-0", [{"role": "user", "content": question}], "1234", "org/name", "", info)
+    named = (split or source.partition("@")[2].partition("?")[0]) or "train"
+    assert found == Problem(
+        f"org/name-{named}-0", [{"role": "user", "content": question}], "1234", "org/name", "", info
+    )
 
 
 def test_what_the_hub_is_asked_for(monkeypatch, quiet_datasets):
@@ -882,9 +993,61 @@ def test_directory_of_files_as_on_the_hub(clone):
     with pytest.raises(DataError, match="cannot be loaded") as caught:
         load_problems(directory, split="test")
     assert "\n" not in str(caught.value)
-    (directory / "x").mkdir()
-    with pytest.raises(DataError, match="cannot be loaded"):
-        load_problems(directory / "x")
+
+
+def test_ids_of_splits_differ(clone, quiet_datasets):
+    directory = clone / "org" / "name" / "main"
+    for split in ("train", "test"):
+        (found,) = load_problems(directory, split=split)
+        assert (found.id, found.data_source) == (f"main-{split}-0", "main")
+    parts = {split: quiet_datasets.load_dataset(str(directory), split=split) for split in ("train", "test")}
+    quiet_datasets.DatasetDict(parts).save_to_disk(clone / "saved")
+    for split in ("train", "test"):
+        (found,) = load_problems(clone / "saved", split=split)
+        assert (found.id, found.data_source) == (f"saved-{split}-0", "saved")
+    (found,) = load_problems(clone / "saved" / "test")  # holds no splits
+    assert found.id == "test-0"
+
+
+def refused_unasked(path: Path, monkeypatch) -> str:
+    """The error of a directory that `datasets` is not asked to load."""
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was asked"))
+    with pytest.raises(DataError) as caught:
+        load_problems(path)
+    assert str(caught.value).startswith(str(path))
+    assert ".parquet, .jsonl" in str(caught.value)
+    return caught.value.problem
+
+
+@pytest.mark.parametrize("file", [None, "a.txt", "a.py", "a.pkl", ".git/a.jsonl", "a/b/c/a.jsonl"])
+def test_directory_without_data_is_not_searched(tmp_path, monkeypatch, file):
+    if file:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    assert "holds no data files" in refused_unasked(tmp_path, monkeypatch)
+
+
+def test_directory_of_too_much_is_not_searched(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", [ROW])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "cycle").symlink_to(tmp_path)
+    for name in "cd":
+        (tmp_path / "b" / name).write_text("")
+    monkeypatch.setattr(_rows, "_ENTRIES", 4)
+    assert "holds more than 4 files and directories" in refused_unasked(tmp_path, monkeypatch)
+    (tmp_path / "b" / "cycle").unlink()
+    _rows._check_holds_data(tmp_path, "it")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "data/train.jsonl", "data/main/train.jsonl", "train.json", "data/test.JSONL.gz"]
+)
+def test_usual_places_of_data_are_searched(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+    _rows._check_holds_data(tmp_path, "it")
 
 
 def test_hub_without_network(tmp_path):
@@ -903,7 +1066,8 @@ def test_hub_without_network(tmp_path):
 def test_loading_scripts_are_not_run(tmp_path, quiet_datasets):
     (tmp_path / "name").mkdir()
     (tmp_path / "name" / "name.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(DataError, match="cannot be loaded"):
+    write_lines(tmp_path / "name" / "train.jsonl", [ROW])
+    with contextlib.suppress(DataError):
         load_problems(tmp_path / "name")
     assert not (tmp_path / "ran").exists()
 
@@ -1271,6 +1435,10 @@ def test_show_cuts_what_is_long():
     assert any("[462 more lines]" in line for line in lines)
     lines = show([Problem("1", [{"role": "user", "content": "ab" * 10**5}], "1")], width=55).split("\n")
     assert any("[4961 more lines]" in line for line in lines)
+    text = show([Problem("1", [USER], "1", extra_info={"text": "ab" * 500})], width=55)
+    _, _, shown = text.partition("extra_info | ")
+    assert shown.count("\n") == 3
+    assert shown.endswith("\n             | [24 more lines]")
     with pytest.raises(ValueError, match="problems is empty"):
         show([])
     with pytest.raises(ValueError, match="width"):
@@ -1290,6 +1458,22 @@ def test_show_source(tmp_path, tokenizer, caplog):
     assert not caplog.records  # it is in the text
     with pytest.raises(ValueError, match="max_prompt_tokens needs a model"):
         show_source(str(path), max_prompt_tokens=40)
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "empty", "adapter"])
+def test_show_source_takes_a_model_as_evaluation_does(tmp_path, tokenizer, kind):
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    if kind == "adapter":
+        assert "<|im_start|>user" in show_source("arithmetic?size=2", model=str(tmp_path / kind))
+        return
+    with pytest.raises(ValueError, match=f"^model '.*{kind}': (no such file|the directory has neither)") as caught:
+        show_source("arithmetic?size=2", model=str(tmp_path / kind))
+    assert "\n" not in str(caught.value)
 
 
 def test_importing_the_module_imports_nothing_heavy():

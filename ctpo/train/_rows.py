@@ -9,11 +9,12 @@ import gzip
 import json
 import math
 import numbers
+import os
 import re
 import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,12 @@ from urllib.parse import unquote
 _LINE, _LIST = 1 << 26, 1 << 30
 _BATCH = 1024  # rows
 _DEPTH = 64  # of nested values
+_ENTRIES = 10_000  # of a directory and those in it
+_DATA_FILE = re.compile(r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow)(\.(gz|bz2|xz|zst|lz4))?$|\.zip$", re.IGNORECASE)
+_DIRECTORIES = (
+    "what save_to_disk wrote, or a data set as on the Hub: .parquet, .jsonl, .json, .csv or .arrow files in it, "
+    "at most two directories down"
+)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -73,10 +80,11 @@ class Source:
 
     Attributes:
         name: In messages.
-        label: Of problems without `data_source`; with the number of the row, of those without id.
+        label: Of problems without `data_source`.
         rows: Number and row. A `DataError` in place of a row, or of a value in it, is what could not be read.
         unit: What is counted, see `DataError`.
         made: Whether the problems were made here, rather than read.
+        split: That of several which the rows are of, "" if there are none.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Source:
     rows: Generator[tuple[int, Any]]
     unit: str = "row"
     made: bool = False
+    split: str = ""
 
 
 def open_file(path: Path, source: str) -> Source | None:
@@ -102,9 +111,30 @@ def open_file(path: Path, source: str) -> Source | None:
 
 def open_directory(path: Path, split: str | None, source: str) -> Source:
     """What `save_to_disk` wrote, or files as on the Hub."""
-    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    rows = _saved_rows(path, split, source) if saved else _loaded_rows(str(path), split, source)
-    return Source(source, path.name or source, rows)
+    label = path.name or source
+    if (path / "dataset_dict.json").is_file():
+        split = _one_split(_described(path / "dataset_dict.json", "splits"), split, source)
+        return Source(source, label, _saved_rows(path / split, source), split=split)
+    if (path / "state.json").is_file():
+        if split is not None:
+            raise DataError(f"holds one data set without splits, but split is {split!r}", source)
+        return Source(source, label, _saved_rows(path, source))
+    _check_holds_data(path, source)
+    return _loaded(str(path), split, source, label)
+
+
+def _check_holds_data(path: Path, source: str) -> None:
+    """Raise where `datasets` would find nothing, or search a file system for it, which may take hours."""
+    found, seen, top = False, 0, len(path.parts)
+    # Links are followed, as they are there; the limit ends cycles that the system does not end.
+    for directory, directories, files in os.walk(path, followlinks=True):
+        seen += len(directories) + len(files)
+        if seen > _ENTRIES:
+            raise DataError(f"holds more than {_ENTRIES:,} files and directories, allowed is {_DIRECTORIES}", source)
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        found = found or (len(Path(directory).parts) - top <= 2 and any(_DATA_FILE.search(name) for name in files))
+    if not found:
+        raise DataError(f"holds no data files, allowed is {_DIRECTORIES}", source)
 
 
 def open_hub(rest: str, split: str | None, source: str) -> Source:
@@ -114,10 +144,8 @@ def open_hub(rest: str, split: str | None, source: str) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or (at and not own_split):
         raise DataError("allowed is hub:org/name, then @split, then ?config=name&revision=commit", source)
     given = query(options, ("config", "revision"), source)
-    rows = _loaded_rows(
-        name, agreed(own_split or None, split, source), source, name=given.get("config"), revision=given.get("revision")
-    )
-    return Source(source, name, rows)
+    split = agreed(own_split or None, split, source)
+    return _loaded(name, split, source, name, name=given.get("config"), revision=given.get("revision"))
 
 
 def query(text: str, allowed: Iterable[str] | None, source: str) -> dict[str, str]:
@@ -213,17 +241,13 @@ def _parquet_rows(path: Path, source: str) -> Generator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     with _errors_named(source), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        yield from _arrow_rows(file.iter_batches(batch_size=_BATCH), file.schema_arrow.names, source)
+        yield from _arrow_rows(file.iter_batches(batch_size=_BATCH), file.schema_arrow, source)
 
 
-def _saved_rows(path: Path, split: str | None, source: str) -> Generator[tuple[int, Any]]:
+def _saved_rows(path: Path, source: str) -> Generator[tuple[int, Any]]:
     """What `datasets.Dataset.save_to_disk` wrote, without `datasets`, which does not check what it maps into memory."""
     import pyarrow as pa
 
-    if (path / "dataset_dict.json").is_file():
-        path = path / _one_split(_described(path / "dataset_dict.json", "splits"), split, source)
-    elif split is not None:
-        raise DataError(f"holds one data set without splits, but split is {split!r}", source)
     start = 0
     for entry in _described(path / "state.json", "_data_files"):
         file = entry.get("filename") if isinstance(entry, dict) else None
@@ -231,12 +255,12 @@ def _saved_rows(path: Path, split: str | None, source: str) -> Generator[tuple[i
             raise DataError(f"names the data file {short(file)}, allowed is a name in this directory", str(path))
         part = str(path / file)
         with _errors_named(part), pa.memory_map(part) as mapped, pa.ipc.open_stream(mapped) as stream:
-            for number, row in _arrow_rows(stream, stream.schema.names, source, start):
+            for number, row in _arrow_rows(stream, stream.schema, source, start):
                 yield number, row
                 start = number + 1
 
 
-def _loaded_rows(path: str, split: str | None, source: str, **options: Any) -> Generator[tuple[int, Any]]:
+def _loaded(path: str, split: str | None, source: str, label: str, **options: Any) -> Source:
     """By `datasets.load_dataset`, which runs no code of the data set since version 4."""
     import datasets
 
@@ -244,42 +268,83 @@ def _loaded_rows(path: str, split: str | None, source: str, **options: Any) -> G
         found = datasets.load_dataset(path, **options)
     except Exception as error:  # its own, of the network, of file systems, of the formats that it reads
         raise DataError(f"cannot be loaded: {one_line(error)}", source) from error
-    table = found[_one_split(list(found), split, source)].data
+    split = _one_split(list(found), split, source)
+    return Source(source, label, _table_rows(found[split].data, source), split=split)
+
+
+def _table_rows(table: Any, source: str) -> Generator[tuple[int, Any]]:
     with _errors_named(source):
-        yield from _arrow_rows(table.to_batches(), table.column_names, source)
+        yield from _arrow_rows(table.to_batches(), table.schema, source)
 
 
-def _arrow_rows(
-    batches: Iterable[Any], names: Sequence[str], source: str, start: int = 0
-) -> Generator[tuple[int, Any]]:
+def _arrow_rows(batches: Iterable[Any], schema: Any, source: str, start: int = 0) -> Generator[tuple[int, Any]]:
     """Rows of record batches, each checked before it is looked at: a damaged one would be read beyond its end."""
+    names = schema.names
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise DataError(f"has the column {short(twice)} twice, allowed is each once", source)
+    decoders = [_decoder(field) for field in schema]
     for batch in batches:
         batch.validate(full=True)
         for offset in range(0, batch.num_rows, _BATCH):
             piece = batch.slice(offset, _BATCH)
-            columns = [_values(column, name, source, start) for name, column in zip(names, piece.columns, strict=True)]
+            columns = [
+                _values(column, name, decode, source, start)
+                for name, column, decode in zip(names, piece.columns, decoders, strict=True)
+            ]
             for values in zip(*columns, strict=True):
                 yield start, dict(zip(names, values, strict=True))
                 start += 1
 
 
-def _values(column: Any, name: str, source: str, start: int) -> list[Any]:
+def _values(column: Any, name: str, decode: _Decoder | None, source: str, start: int) -> list[Any]:
     """Python's values of a column. Some have none, such as a time in nanoseconds: a `DataError` is in their place."""
     errors = (ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
     try:
-        return list(column.to_pylist())
+        values = column.to_pylist()
+        return list(values if decode is None else map(decode, values))
     except errors:
         found: list[Any] = []
         for place, value in enumerate(column):
             try:
-                found.append(value.as_py())
+                found.append(value.as_py() if decode is None else decode(value.as_py()))
             except errors as error:
-                problem = f"cannot be read as {column.type}: {one_line(error)}"
+                if isinstance(error, InvalidField):
+                    problem = error.problem
+                else:
+                    problem = f"cannot be read as {column.type}: {one_line(error)}"
                 found.append(DataError(problem, source, "row", start + place, name))
         return found
+
+
+_Decoder = Callable[[Any], Any]
+
+
+def _decoder(field: Any) -> _Decoder | None:
+    """What turns Python's values of an Arrow field into those of its JSON texts; None where it holds none.
+
+    `datasets` keeps what has several types as such texts (its feature ``Json``): a column, or a part of one.
+    """
+    import pyarrow.types as kinds
+
+    # An older pyarrow does not know the type, and leaves its name at the field.
+    names = (
+        getattr(field.type, "extension_name", ""),
+        (field.metadata or {}).get(b"ARROW:extension:name", b"").decode(),
+    )
+    if "arrow.json" in names:
+        return lambda text: None if text is None else parse_json(text)
+    if kinds.is_struct(field.type):
+        inner = {part.name: decode for part in field.type if (decode := _decoder(part))}
+        if inner:
+            return lambda value: (
+                value and {name: inner[name](part) if name in inner else part for name, part in value.items()}
+            )
+    elif kinds.is_list(field.type) or kinds.is_large_list(field.type) or kinds.is_fixed_size_list(field.type):
+        of_item = _decoder(field.type.value_field)
+        if of_item:
+            return lambda value: value and [of_item(item) for item in value]
+    return None
 
 
 def _described(path: Path, key: str) -> list[Any]:

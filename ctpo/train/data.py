@@ -32,7 +32,7 @@ import statistics
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -148,13 +148,14 @@ def load_problems(
     ============ ======================================================================================================
     field        where it is found, and what it may be
     ============ ======================================================================================================
-    id           ``id``: text or a whole number; else the source's name and the row. Each only once.
+    id           ``id``: text or a whole number; else the source's name, its split if it has some, and the row. Each
+                 only once.
     prompt       ``prompt``, else ``question`` or ``problem`` (not both): messages, those as JSON text, or plain text
                  (one message of the user)
     ground_truth ``ground_truth``: taken as it is. Else ``reward_model.ground_truth``, ``answer``, ``solution``: a
-                 number; text; a list of one of these, or ``["..."]`` as JSON text. From text with a line ``#### 42``
-                 the 42 is taken, without commas, from ``solution`` else what is in its last ``\boxed{}``; the whole
-                 text is kept in `extra_info`.
+                 number; text; a list of one of these, or ``["..."]`` as JSON text. From text with ``#### 42`` as its
+                 last line the 42 is taken, without commas, from ``solution`` else what is in its last ``\boxed{}`` or
+                 ``\fbox{}``; the whole text is kept in `extra_info`.
     data_source  ``data_source``; else the source's name
     ability      ``ability``; else empty
     extra_info   ``extra_info``, an object or one as JSON text, and all columns not used for anything else
@@ -295,13 +296,15 @@ def _load(
     on_bad_row: str,
 ) -> tuple[list[Problem], list[DataError]]:
     """`load_problems`, and the errors of the rows left out."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"columns is {short(columns)}, allowed is a mapping of field to column")
     columns = dict(columns or {})
     for name, column in columns.items():
         if name not in _FIELDS:
             raise ValueError(f"columns: {unknown(name, _FIELDS)}")
         if not isinstance(column, str) or not column:
             raise ValueError(f"columns: {name} is {short(column)}, allowed is the name of a column")
-    if isinstance(drop, str) or not all(isinstance(name, str) for name in drop):
+    if isinstance(drop, str) or not isinstance(drop, Collection) or not all(isinstance(name, str) for name in drop):
         raise ValueError(f"drop is {short(drop)}, allowed is a list of columns")
     if limit is not None:
         check_whole("limit", limit, 1)
@@ -457,7 +460,7 @@ class _Reader:
 
     def _id(self, found: Any, number: int, column: str) -> str:
         if not column:
-            return f"{self.source.label}-{number}"
+            return "-".join(filter(None, (self.source.label, self.source.split, str(number))))
         if isinstance(found, bool) or not isinstance(found, int | str):
             raise InvalidField("id", f"got {short(found)}, allowed is text or a whole number")
         return str(found)
@@ -543,23 +546,36 @@ def _truth(found: Any, column: str) -> str:
     if isinstance(found, numbers.Number):
         if isinstance(found, bool | complex) or not math.isfinite(found):  # type: ignore[arg-type]
             raise InvalidField("ground_truth", f"got {short(found)}, allowed is text or a finite number")
-        # No exponent, and not the .0 that whole numbers have in a column with gaps.
-        return re.sub(r"\.0+$", "", format(Decimal(str(found)), "f"))
+        # No exponent, not the .0 that whole numbers have in a column with gaps, and no -0.
+        return re.sub(r"\.0+$", "", format(Decimal(str(found or 0)), "f"))
     if not isinstance(found, str):
         raise InvalidField("ground_truth", f"got {short(found)}, allowed is text or a number")
     if column == "ground_truth":
         return found
-    if marked := re.findall(r"^####[ \t]*(\S.*?)[ \t\r]*$", found, flags=re.MULTILINE):
-        return re.sub(r"(?<=\d),(?=\d{3})", "", marked[-1])
+    # The last line, as in GSM8K: elsewhere it is a heading.
+    last = found.rstrip().rpartition("\n")[2]
+    if marked := re.fullmatch(r"####(?!#)[ \t]*(\S.*)", last):
+        return re.sub(r"(?<=\d),(?=\d{3})", "", marked[1])
     if column.rpartition(".")[2] != "solution":
         return found
     from ctpo.train.rewards import extract_boxed
 
-    boxed = extract_boxed(found)
+    boxed = extract_boxed(_BOX.sub(_with_braces, found))
     if not boxed:
-        problem = f"got {short(found)}, allowed is a text with \\boxed{{answer}} or a line '#### answer'"
+        problem = f"got {short(found)}, allowed is a text with \\boxed{{answer}} or a last line '#### answer'"
         raise InvalidField("ground_truth", problem)
     return boxed
+
+
+# MATH has \fbox{4} too, and $\boxed 4$, which ends with the formula. A line break, \\, is no command's backslash.
+_BOX = re.compile(r"\\\\|\\fbox(?=\s*\{)|\\boxed(?![a-zA-Z])\s*(?P<bare>[^\s{}$][^$\n]{0,200}?)\s*(?=\$|\\\)|\\\])")
+
+
+def _with_braces(found: re.Match[str]) -> str:
+    r"""What `_BOX` finds, as ``\boxed{...}``."""
+    if found["bare"] is None:
+        return found[0].replace(r"\fbox", r"\boxed")
+    return rf"\boxed{{{found['bare']}}}"
 
 
 def _messages_in(text: str) -> list[Any] | None:
@@ -741,6 +757,16 @@ def _wrapped(text: str, width: int) -> list[str]:
     return found
 
 
+def _tokenizer(model: str) -> Any:
+    """That of a model, or of a directory that holds no more than a tokenizer."""
+    from ctpo.train import generation
+
+    directory = Path(model).expanduser()
+    alone = bool(model) and generation._has_tokenizer(directory)
+    source = generation._Source(model, str(directory)) if alone else generation._Source.find(model)
+    return generation._load_tokenizer(source)
+
+
 def show_source(
     source: str,
     *,
@@ -765,7 +791,8 @@ def show_source(
         split: As for `load_problems`.
         columns: As for `load_problems`.
         drop: As for `load_problems`.
-        model: Directory or name of the model whose chat template renders them; None shows roles.
+        model: The model whose chat template renders them, named as for `ctpo.train.generation.load_model`; None shows
+            roles.
         system_prompt: As for `load_problems`.
         instruction: As for `load_problems`.
         max_prompt_tokens: Leave out longer prompts; needs `model`.
@@ -801,9 +828,7 @@ def show_source(
     notes = [f"Left out {_left_out(bad)}"] if bad else []
     tokenizer = None
     if model is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = _tokenizer(model)
     if max_prompt_tokens is not None:
         problems, left_out = _filtered(problems, tokenizer, max_prompt_tokens)
         notes += [f"Left out {left_out}"] * bool(left_out)
