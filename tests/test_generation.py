@@ -50,18 +50,28 @@ def directory(tmp_path_factory):
         ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         ({"max_tokens": True}, "max_tokens must be an integer of at least 1, got True"),
         ({"max_tokens": 1.5}, "max_tokens must be an integer of at least 1, got 1.5"),
-        ({"temperature": -0.1}, "temperature must be at least 0 and finite, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
-        ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
-        ({"top_p": 1.1}, "top_p must be in (0, 1], got 1.1"),
+        ({"temperature": -0.1}, "temperature must be a number, at least 0 and finite, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a number, at least 0 and finite, got nan"),
+        ({"temperature": "1"}, "temperature must be a number, at least 0 and finite, got '1'"),
+        ({"temperature": True}, "temperature must be a number, at least 0 and finite, got True"),
+        ({"top_p": 0.0}, "top_p must be a number in (0, 1], got 0.0"),
+        ({"top_p": 1.1}, "top_p must be a number in (0, 1], got 1.1"),
+        ({"top_p": "x"}, "top_p must be a number in (0, 1], got 'x'"),
         ({"top_k": -1}, "top_k must be an integer of at least 0, got -1"),
         ({"stop": "```"}, "stop must be a sequence of strings that are not empty, got '```'"),
+        ({"stop": None}, "stop must be a sequence of strings that are not empty, got None"),
         ({"stop": ("",)}, "stop must be a sequence of strings that are not empty, got ('',)"),
     ],
 )
 def test_sampling_refuses(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Sampling(**{"max_tokens": 8} | options)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, None])
+def test_seed_is_checked(generator, seed):
+    with pytest.raises(ValueError, match=f"seed must be an integer of at least 0, got {seed}"):
+        generator.generate([[1, 2]], Sampling(2), seed)
 
 
 def greedy(model, prompt, tokens, eos):

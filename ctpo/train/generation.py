@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -67,13 +68,17 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number, at least 0 and finite, got {self.temperature!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p!r}")
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a sequence of strings that are not empty, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class Generator(Protocol):
@@ -95,8 +100,8 @@ class Generator(Protocol):
         Args:
             prompt_ids: Token ids by prompt.
             sampling: How tokens are drawn.
-            seed: The same prompts in the same order, `sampling` and `seed` give the same tokens, whatever was sampled
-                before.
+            seed: At least 0. The same prompts in the same order, `sampling` and `seed` give the same tokens, whatever
+                was sampled before.
 
         Returns:
             The ids that were sampled, by prompt; the last one is of `eos_token_ids` where the model ended the sequence.
@@ -510,6 +515,8 @@ def _check_prompts(prompt_ids: Sequence[Sequence[int]], context: int | None) -> 
 
 
 def _seeds(seed: int, count: int) -> list[int]:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     return cast("list[int]", np.random.SeedSequence(seed).generate_state(count).tolist())
 
 
