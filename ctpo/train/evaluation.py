@@ -48,6 +48,8 @@ __all__ = ["compare", "comparison_text", "evaluate", "results_text"]
 _MAX_TOKENS = 1024
 _SAMPLES = 8
 _MAX_SAMPLES = 1000
+# Characters that one call shows the model, 1000 to 2000 tokens; the sandbox's own default is more than many answers.
+_OUTPUT = 4000
 # Kinds of failures that a text lists.
 _REASONS = 3
 _WIDTH = 80
@@ -89,7 +91,8 @@ def evaluate(
         sampling: How tokens are drawn; by default 1024 tokens at temperature 1.
         tools: Whether and how the model may run Python, see `ctpo.train.tools.rollouts`.
         max_rounds: Most turns with calls.
-        sandbox: Where calls run: a backend of `ctpo.train.sandbox.open_sandbox`, or what that returns.
+        sandbox: Where calls run: a backend of `ctpo.train.sandbox.open_sandbox`, with its default limits except for
+            an output of 4,000 characters a call; or what that returns, to choose other limits.
         rewards: Specification for `ctpo.train.rewards.Rewards`; the first reward says what is correct.
         seed: Of all samples, at least 0.
         batch_size: Answers that are drawn together, and saved together; by default 32, with vLLM 512. Samples depend
@@ -217,9 +220,11 @@ def evaluate(
 
 
 def _open_sandbox(sandbox: Literal["auto", "bubblewrap", "monty"] | Sandbox, stack: ExitStack) -> Sandbox:
-    from ctpo.train.sandbox import open_sandbox
+    from ctpo.train.sandbox import Limits, open_sandbox
 
-    return stack.enter_context(open_sandbox(sandbox)) if isinstance(sandbox, str) else sandbox
+    if not isinstance(sandbox, str):
+        return sandbox
+    return stack.enter_context(open_sandbox(sandbox, limits=Limits(output=_OUTPUT)))
 
 
 def _open_generator(
