@@ -57,6 +57,8 @@ class StandInSession:
         output, error = "", ""
         if word == "say":
             output = rest + "\n"
+        elif word == "tag":
+            output = f"<{rest}>\n"
         elif word == "fail":
             output, error = "so far\n", f"Traceback (most recent call last):\n{rest}\n"
         elif word == "hang":
@@ -195,7 +197,7 @@ def test_what_was_sampled_is_not_tokenized_again():
     def spell(part):
         return [tokenizer.encode(letter)[0] for letter in part] if part == "<think>" else tokenizer.encode(part)
 
-    texts = [f"<think>{call('say 1')}{END}", f"<think>2{END}"]
+    texts = [f"<think></think>{call('say 1')}{END}", f"<think></think>2{END}"]
     (found,), generator, _ = roll([texts], encode=spelled)
     chosen = [token for token, sampled in zip(found.completion_ids, found.sampled, strict=True) if sampled]
     assert chosen == [i for text in texts for i in spelled(text)]
@@ -255,7 +257,11 @@ DEEP = f'{{"name": "python", "arguments": {"[" * 100_000}'
         (f"<tool_call>\n{DEEP}\n</tool_call>", ["{'error': 'Malformed tool call: maximum recursion depth exceeded"]),
         (
             '<tool_call>\n{"name": "python", "arguments": "code"}\n</tool_call>',
-            ["argument after ** must be a mapping, not str"],
+            ["""arguments must be an object, such as {"code": "1 + 1"}; got a string"""],
+        ),
+        (
+            '<tool_call>\n{"name": "python", "arguments": ["1 + 1"]}\n</tool_call>',
+            ["""arguments must be an object, such as {"code": "1 + 1"}; got an array"""],
         ),
     ],
 )
@@ -365,7 +371,7 @@ def test_no_tools(template):
     rendered = tokenizer.apply_chat_template(prompts(1)[0], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(found.prompt_ids) == rendered
     assert tokenizer.decode(found.completion_ids) == texts[0]
-    assert found.answer == texts[0].removesuffix(END)
+    assert found.answer == texts[0].removesuffix(END).strip()
     assert (found.tool_calls, found.truncated, all(found.sampled)) == (0, False, True)
     assert (cut.truncated, cut.answer) == (True, "x" * 200)
 
@@ -378,12 +384,163 @@ def test_calls_of_a_batch_run_at_the_same_time():
     assert len(sandbox.opened) == 5
 
 
+class Counting(StandIn):
+    """Counts the sessions that are open at once."""
+
+    most = 0
+
+    def session(self):
+        made = super().session()
+        self.most = max(self.most, len(self.opened) - len(set(self.closed)))
+        return made
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 100])
+def test_rollouts_in_flight_are_bounded(most):
+    """Whatever the bound: the same rollouts in the order of the prompts, and no more sessions at once."""
+    scripts = [[*[f"{call(f'say {i}')}{END}"] * (i % 4), f"done {i}{END}"] for i in range(7)]
+    found, generator, sandbox = roll(scripts, sandbox=Counting(), max_open=most)
+    assert [rollout.answer for rollout in found] == [f"done {i}" for i in range(7)]
+    assert [rollout.tool_calls for rollout in found] == [0, 1, 2, 3, 0, 1, 2]
+    assert max(len(asked.prompts) for asked in generator.asked) == min(most, 7)
+    assert len(generator.asked[0].prompts) == min(most, 7)
+    assert sandbox.most <= most
+    assert len(sandbox.opened) == len(set(sandbox.closed)) == 5
+    assert len({asked.seed for asked in generator.asked}) == len(generator.asked)
+
+
+def test_a_place_that_is_free_is_taken_at_once():
+    scripts = [[f"{call('say 1')}{END}", f"{call('say 1')}{END}", END], [END], [END]]
+    _, generator, _ = roll(scripts, max_open=2)
+    assert [len(asked.prompts) for asked in generator.asked] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(("files", "most"), [(256, 42), (1024, 256), (10**6, 256), (64, 1), (-1, 256)])
+def test_default_bound_follows_the_limit_of_files(monkeypatch, files, most):
+    resource = pytest.importorskip("resource")
+    files = resource.RLIM_INFINITY if files == -1 else files
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    scripts = [[END] for _ in range(300)]
+    assert [len(asked.prompts) for asked in roll(scripts)[1].asked[:1]] == [most]
+    # Without tools there are no sessions.
+    generator = Script(tiny_tokenizer(), scripts)
+    rollouts(generator, prompts(300), sampling=Sampling(9), tools="none")
+    assert [len(asked.prompts) for asked in generator.asked] == [300]
+
+
 def test_seeds_make_samples():
     def seeds(seed):
         return [asked.seed for asked in roll([[f"{call('say 1')}{END}", END]], seed=seed)[1].asked]
 
     assert seeds(3) == seeds(3)
     assert len({*seeds(3), *seeds(4)}) == 4
+
+
+# Thoughts.
+
+# As Qwen3-Thinking and DeepSeek-R1 do: the prompt opens the thought.
+OPENED = "{%- if add_generation_prompt %}{{ '<think>\\n' }}{%- endif %}"
+
+
+def thinking_tokenizer(opened, *, special=False):
+    tokenizer = tiny_tokenizer()
+    response_template = tool_format(tokenizer, "calls")._tokenizer.response_template
+    tokenizer.chat_template = tokenizer.chat_template.rstrip() + (OPENED if opened else "")
+    tokenizer.response_template = response_template
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    return tokenizer
+
+
+def answer_of(tokenizer, tools, texts, **options):
+    generator = Script(tokenizer, [texts])
+    options = {"sampling": Sampling(2000), "sandbox": StandIn()} | options
+    (found,) = rollouts(generator, prompts(1), tools=tools, **options)
+    return found
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("tools", ["none", "calls", "fenced"])
+@pytest.mark.parametrize(
+    ("opened", "text", "answer"),
+    [
+        (False, "It is 2.", "It is 2."),
+        (False, "<think>\n1?\n</think>\n\nIt is 2.\n", "It is 2."),
+        (False, "<think>\n1? No", ""),
+        (False, "<think></think>2", "2"),
+        (False, "<think>1?</think> 2? <think> or 3", ""),
+        (False, "<think>1?</think> 2? <think>or 3</think>It is 4.", "It is 4."),
+        (True, "1?\n</think>\n\nIt is 2.", "It is 2."),
+        (True, "1? No", ""),
+        (True, "</think>2", "2"),
+        (True, "", ""),
+    ],
+)
+def test_answers_have_no_thoughts_in_any_form(tools, opened, text, answer, special):
+    tokenizer = thinking_tokenizer(opened, special=special)
+    prompt = tool_format(tokenizer, tools).prompt_ids(prompts(1)[0])
+    assert tokenizer.decode(prompt).rstrip().endswith("<think>") == opened
+    found = answer_of(tokenizer, tools, [text + END])
+    assert found.answer == answer
+    assert not found.truncated
+    assert tokenizer.decode(found.completion_ids) == text + END
+    # Cut by the limit of tokens.
+    length = len(tokenizer.encode(text)) or 1
+    assert answer_of(tokenizer, tools, [text + END], sampling=Sampling(length)).answer == answer
+
+
+def test_prompt_that_only_speaks_of_thoughts():
+    """An opening tag in the question opens none."""
+    for tools in ("none", "calls", "fenced"):
+        prompt = [{"role": "user", "content": "task 0: think in <think> tags"}]
+        generator = Script(tiny_tokenizer(), [[f"It is 2.{END}"]])
+        (found,) = rollouts(generator, [prompt], sampling=Sampling(99), tools=tools, sandbox=StandIn())
+        assert found.answer == "It is 2."
+
+
+@pytest.mark.parametrize(
+    ("last", "answer"), [("It is 4.", ""), ("4!\n</think>\n\nIt is 4.", "It is 4."), ("</think>", "")]
+)
+def test_thought_that_a_block_interrupts(last, answer):
+    """A block in a thought is run, and the thought goes on after its output, whatever that says."""
+    for opened in (False, True):
+        begin = "" if opened else "<think>\n"
+        texts = [f"{begin}Let me see.\n```python\ntag /think\n```\n", last + END]
+        assert answer_of(thinking_tokenizer(opened), "fenced", texts).answer == answer
+    texts = ["<think>a</think>\n```python\ntag think\n```\n", f"It is 4.{END}"]
+    assert answer_of(thinking_tokenizer(False), "fenced", texts).answer == "It is 4."
+
+
+@pytest.mark.parametrize(("last", "answer"), [("4!", ""), ("4!\n</think>\n\nIt is 4.", "It is 4.")])
+def test_thought_that_the_template_opens_again_after_a_call(last, answer):
+    texts = [f"hm\n</think>\n\n{call('say 4')}{END}", last + END]
+    found = answer_of(thinking_tokenizer(True), "calls", texts)
+    assert (found.tool_calls, found.tool_failures, found.answer) == (1, 0, answer)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "The tool format is <tool_call>...</tool_call> but I need no tool.",
+        "<tool_call>",
+        call("say 1"),
+        '<tool_call>\n{"name"\n</tool_call>',
+    ],
+)
+def test_thought_of_a_call_is_no_call(thought, opened):
+    begin = "" if opened else "<think>\n"
+    tokenizer = thinking_tokenizer(opened)
+    found = answer_of(tokenizer, "calls", [f"{begin}{thought}\n</think>\n\nThe answer is 3.{END}"])
+    assert (found.tool_calls, found.answer) == (0, "The answer is 3.")
+    # The end of the turn is not that of the thought: no answer, as in other forms.
+    found = answer_of(tokenizer, "calls", [f"{begin}{thought}{END}"])
+    assert (found.tool_calls, found.answer) == (0, "")
+    # Outside of the thought half a call is one that the model is told about.
+    for half in ("<tool_call>", '<tool_call>\n{"name": "python"\n</tool_call>'):
+        found = answer_of(tokenizer, "calls", [f"{begin}{thought}\n</think>\n\n{half}{END}", f"</think>sorry{END}"])
+        assert (found.tool_calls, found.tool_failures, found.answer) == (1, 1, "sorry")
+        assert "Malformed tool call: " in found.messages[1]["content"]
 
 
 # Fenced blocks.
@@ -460,7 +617,7 @@ def test_blocks_that_are_not_run(turn):
     found, texts, sandbox, _ = fenced([turn + END])
     assert texts == [turn + END]
     assert not sandbox.opened
-    assert found.answer == turn
+    assert found.answer == turn.strip()
     assert (found.truncated, found.tool_calls) == (False, 0)
 
 
@@ -534,7 +691,7 @@ def test_limits_of_fenced_rollouts():
         found, _, _, _ = fenced([texts[0], texts[0], f"end{END}"], max_rounds=rounds)
         assert found.out_of_rounds == (rounds < 2)
         assert found.tool_calls == rounds
-        assert found.answer == ("end" if rounds == 2 else texts[0])
+        assert found.answer == ("end" if rounds == 2 else texts[0].strip())
 
 
 def test_fenced_instructions_join_the_system_message():
@@ -670,6 +827,31 @@ def test_rollouts_of_every_template(name):
     assert (found.tool_calls, found.tool_failures) == (1, 0)
 
 
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+def test_calls_of_llama_that_end_a_message_and_not_the_turn(name):
+    """Llama 3.1 ends calls with <|eom_id|> where it takes itself to be in an environment with Python."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.bos_token = TEMPLATES[name], "<|endoftext|>"
+    ends = ["<|eot_id|>", "<|eom_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ends})
+    tokenizer.eos_token = ends[0]
+
+    def made(first, last):
+        text = '{"name": "python", "parameters": {"code": "say 4"}}'
+        generator = Script(tokenizer, [[text + first, f"It is 4.{last}"]])
+        generator.eos_token_ids = frozenset(tokenizer.convert_tokens_to_ids(ends))
+        (found,) = rollouts(generator, prompts(1), sampling=Sampling(5000), tools="calls", sandbox=StandIn())
+        return found, pieces(found, tokenizer), text
+
+    usual, usual_texts, _ = made(ends[0], ends[0])
+    for last in ends:
+        found, texts, text = made(ends[1], last)
+        assert (found.tool_calls, found.tool_failures, found.answer) == (1, 0, "It is 4.")
+        assert found.messages == usual.messages
+        # What was sampled stays as it is; what follows is the same.
+        assert texts == [text + ends[1], usual_texts[1], f"It is 4.{last}"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -677,6 +859,11 @@ def test_rollouts_of_every_template(name):
         ({"sandbox": None}, "sandbox is needed to run the calls of tools='auto'"),
         ({"max_rounds": -1}, "max_rounds must be an integer of at least 0, got -1"),
         ({"max_rounds": 1.0}, "max_rounds must be an integer of at least 0, got 1.0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"max_open": 0}, "max_open must be an integer of at least 1, got 0"),
+        ({"sampling": 64}, "sampling must be a Sampling, as in Sampling(max_tokens=1024), got 64"),
+        ({"sandbox": "auto"}, "sandbox must be what ctpo.train.sandbox.open_sandbox returns, got 'auto'"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs must be a mapping of names to values, got 5"),
     ],
 )
 def test_arguments_are_checked(options, message):
@@ -686,6 +873,28 @@ def test_arguments_are_checked(options, message):
     generator.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat_template"):
         rollouts(generator, prompts(1), sampling=Sampling(9), sandbox=StandIn())
+
+
+MESSAGES = "must be a list of messages such as {'role': 'user', 'content': '...'}, got"
+
+
+@pytest.mark.parametrize("tools", ["none", "calls", "fenced"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("What is 1?", "prompts must be a list of conversations, each a list of messages such as"),
+        (["What is 1?"], f"prompts[0] {MESSAGES} 'What is 1?'"),
+        ([*prompts(1), None], f"prompts[1] {MESSAGES} None"),
+        (prompts(1)[0], f"prompts[0] {MESSAGES} {{'role': 'user', 'content': 'task 0'}}"),
+        ([[]], f"prompts[0] {MESSAGES} []"),
+        ([["a"]], "prompts[0][0] must be a message such as {'role': 'user', 'content': '...'}, got 'a'"),
+        ([[{"role": "user"}]], "prompts[0][0] must be a message such as"),
+        ([[{"content": "a"}]], "prompts[0][0] must be a message such as"),
+    ],
+)
+def test_prompts_are_checked(tools, given, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        rollouts(Script(tiny_tokenizer(), []), given, sampling=Sampling(9), tools=tools, sandbox=StandIn())
 
 
 def test_no_prompts():

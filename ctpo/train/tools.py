@@ -15,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import bisect
 import copy
+import functools
 import re
 import textwrap
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ctpo.train.generation import Generator, Sampling
+from ctpo.train.rewards import without_thoughts
 
 if TYPE_CHECKING:
     from ctpo.train.sandbox import Sandbox, Session
@@ -36,6 +39,15 @@ Message = dict[str, Any]
 
 LANGUAGES = ("py", "python", "python3", "tool")
 """What a fenced block that is run may be marked with."""
+
+MOST_OPEN = 256
+# Measured: two files for a session in bubblewrap, three in Monty.
+FILES_OF_A_SESSION = 3
+OTHER_FILES = 128
+
+THOUGHT = "<think>"
+LAST_TOKENS = 32
+"""More than a template writes from the opening of a thought to the end of a prompt, even a token a byte."""
 
 NO_OUTPUT = "(no output; print what you want to see, or end with an expression)"
 
@@ -162,6 +174,8 @@ class Rollout:
         tool_failures: Those that were malformed or failed.
         truncated: The limit of tokens ended the rollout: the model's text was cut, or no room was left for an output.
         out_of_rounds: The model asked for another call after the last round; it was not run, and the rollout ended.
+        answer: What is scored: the text that the model wrote after the last output of the tool, without its thoughts
+            and without white space around it. "" where a thought was never closed, also one that the prompt opened.
     """
 
     prompt_ids: list[int]
@@ -172,11 +186,7 @@ class Rollout:
     tool_failures: int
     truncated: bool
     out_of_rounds: bool
-
-    @property
-    def answer(self) -> str:
-        """What is scored: the text that the model wrote after the last output of the tool."""
-        return str(self.messages[-1]["content"]) if self.messages[-1]["role"] == "assistant" else ""
+    answer: str
 
 
 def rollouts(
@@ -188,13 +198,15 @@ def rollouts(
     sandbox: Sandbox | None = None,
     max_rounds: int = 8,
     seed: int = 0,
+    max_open: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
     """Sample one answer to every prompt, running the calls that the model makes on the way.
 
-    All prompts that are not finished are continued together, then all their calls run at the same time, each rollout in
-    a session of its own. The same prompts in the same order, options and seed give the same rollouts, as far as the
-    calls do; a prompt sampled in other company gives another sample of the same distribution.
+    All rollouts in flight are continued together, then all their calls run at the same time, each rollout in a session
+    of its own; where one is finished, the next prompt takes its place. The same prompts in the same order, options,
+    `max_open` and seed give the same rollouts, as far as the calls do; a prompt sampled in other company gives another
+    sample of the same distribution.
 
     Args:
         generator: What samples.
@@ -204,7 +216,10 @@ def rollouts(
         tools: "none", "calls", "fenced", or "auto": "calls" where the template has them, else "fenced".
         sandbox: Where the calls run; needed unless `tools` is "none".
         max_rounds: Most turns with calls; one turn of form "calls" may hold several.
-        seed: Of all samples.
+        seed: Of all samples, at least 0.
+        max_open: Most rollouts in flight, each of which may hold a process, a few files and some MB of memory. By
+            default 256, and fewer where the system's limit of open files (`ulimit -n`) has no room for so many; without
+            tools all. Up to so many prompts, samples do not depend on it.
         chat_template_kwargs: Further variables of the chat template, as in {"enable_thinking": False}.
 
     Returns:
@@ -229,8 +244,16 @@ def rollouts(
         ...     rollouts(generator, [prompt], sampling=Sampling(1024), sandbox=sandbox)[0].answer
         '123 * 456 = 56088'
     """
-    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
-        raise ValueError(f"max_rounds must be an integer of at least 0, got {max_rounds!r}")
+    for name, value, least in (("max_rounds", max_rounds, 0), ("seed", seed, 0), ("max_open", max_open, 1)):
+        if name == "max_open" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, as in Sampling(max_tokens=1024), got {sampling!r}")
+    _check_prompts(prompts)
+    if sandbox is not None and not callable(getattr(sandbox, "session", None)):
+        raise ValueError(f"sandbox must be what ctpo.train.sandbox.open_sandbox returns, got {sandbox!r}")
     if tools != "none" and sandbox is None:
         raise ValueError(f"sandbox is needed to run the calls of tools={tools!r}; see ctpo.train.sandbox.open_sandbox")
     form = tool_format(
@@ -248,10 +271,14 @@ def rollouts(
             raise ValueError(f"prompts[{i}] has {len(ids)} tokens; the model's context is {generator.context}")
         tool = None if sandbox is None else PythonTool(sandbox)
         states.append(_State(ids, min(room, sampling.max_tokens), tool))
-    active, turn = states, 0
+    if max_open is None:
+        max_open = max(len(states), 1) if form.name == "none" else _most_open()
+    waiting, active, turn = deque(states), list[_State](), 0
     try:
         with ThreadPoolExecutor() as pool:
-            while active:
+            while active or waiting:
+                while waiting and len(active) < max_open:
+                    active.append(waiting.popleft())
                 for state in active:
                     state.stop = form._stop(state)
                 for place, stop in enumerate(sorted({state.stop for state in active})):
@@ -274,7 +301,37 @@ def rollouts(
         for state in states:
             if state.tool is not None:
                 state.tool._close()
-    return [state.rollout() for state in states]
+    return [state.rollout(form._answer(state)) for state in states]
+
+
+def _check_prompts(prompts: Any) -> None:
+    right = "a list of messages such as {'role': 'user', 'content': '...'}"
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a list of conversations, each {right}, got {prompts!r}")
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, (str, Mapping)) or not isinstance(prompt, Sequence) or not prompt:
+            raise ValueError(f"prompts[{i}] must be {right}, got {prompt!r}")
+        for j, message in enumerate(prompt):
+            if not (
+                isinstance(message, Mapping)
+                and isinstance(message.get("role"), str)
+                and (isinstance(message.get("content"), (str, list)) or "tool_calls" in message)
+            ):
+                raise ValueError(
+                    f"prompts[{i}][{j}] must be a message such as {{'role': 'user', 'content': '...'}}, got {message!r}"
+                )
+
+
+def _most_open() -> int:
+    """How many rollouts may hold a session by default: as many as the limit of open files allows, at most 256."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return MOST_OPEN
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MOST_OPEN
+    return max(1, min(MOST_OPEN, (limit - OTHER_FILES) // FILES_OF_A_SESSION))
 
 
 @dataclass(frozen=True)
@@ -345,7 +402,7 @@ class _State:
         self.messages += [{"role": "tool", "name": answer.name, "content": answer.text} for answer in answers]
         self.turn_start = len(self.completion)
 
-    def rollout(self) -> Rollout:
+    def rollout(self, answer: str) -> Rollout:
         return Rollout(
             prompt_ids=self.prompt_ids,
             completion_ids=self.completion,
@@ -355,6 +412,7 @@ class _State:
             tool_failures=self.failures,
             truncated=self.truncated,
             out_of_rounds=self.out_of_rounds,
+            answer=answer,
         )
 
 
@@ -375,6 +433,9 @@ def _continue(generator: Generator, active: list[_State], sampling: Sampling, se
 def _answer(tool: PythonTool, call: _Call) -> _Answer:
     if call.problem:
         return _Answer(call.name, call.problem, failed=True)
+    if not isinstance(call.arguments, Mapping):
+        kind = {str: "a string", list: "an array", type(None): "null"}.get(type(call.arguments), "a number")
+        return _Answer(call.name, f'arguments must be an object, such as {{"code": "1 + 1"}}; got {kind}', failed=True)
     try:
         tool.python(**call.arguments).close()
     except TypeError as error:  # arguments that do not fit, in Python's own words, as TRL shows them
@@ -420,6 +481,8 @@ def tool_format(
         raise ValueError(f"tools must be one of {', '.join(map(repr, get_args(Tools)))}, got {tools!r}")
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat_template; set one, or use a model that is trained to chat")
+    if not isinstance(chat_template_kwargs, (Mapping, type(None))):
+        raise ValueError(f"chat_template_kwargs must be a mapping of names to values, got {chat_template_kwargs!r}")
     eos = frozenset({tokenizer.eos_token_id} - {None}) if eos_token_ids is None else eos_token_ids
     options = dict(chat_template_kwargs or {})
     if tools == "none":
@@ -448,6 +511,8 @@ class ToolFormat:
         added = (token for token in tokenizer.get_added_vocab() if len(token) > 2)
         controls = sorted((token for token in added if not re.fullmatch(r"[\s\w]*", token)), key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+        specials = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The rendered prompt, with what it says of the tool, up to where the model's answer begins."""
@@ -462,6 +527,24 @@ class ToolFormat:
         self._end(state)
         state.messages.append({"role": "assistant", "content": self._text(state.turn)})
         return []
+
+    def _answer(self, state: _State) -> str:
+        """What is scored of a rollout that is finished."""
+        # Tags of thoughts may be special tokens, which the text of a message does not have.
+        return self._specials.sub("", without_thoughts(self._opening_of_turn(state) + self._raw(state.turn))).strip()
+
+    def _opening_of_turn(self, state: _State) -> str:
+        """The tag of the thought in which the turn begins, or ""."""
+        # The whole completion is one message; what a program printed is no part of it.
+        before = zip(state.completion[: state.turn_start], state.sampled[: state.turn_start], strict=True)
+        said = self._opening_after(state.prompt_ids) + self._raw([token for token, sampled in before if sampled])
+        return THOUGHT if said.rfind(THOUGHT) > said.rfind("</think>") else ""
+
+    def _opening_after(self, ids: list[int]) -> str:
+        return THOUGHT if self._raw(ids[-LAST_TOKENS:]).rstrip().endswith(THOUGHT) else ""
+
+    def _raw(self, ids: list[int]) -> str:
+        return self._text(ids, special=True)
 
     def _shown(self, answer: _Answer) -> str:
         """What the model sees of an answer: no control token, so that a program cannot end the turn it is shown in."""
@@ -532,6 +615,14 @@ class _Calls(ToolFormat):
         state.done = not calls
         return calls
 
+    def _answer(self, state: _State) -> str:
+        # The parser takes thoughts out, also those in other tags, but not all that a model may open and leave open.
+        said = super()._answer(state)
+        return said and without_thoughts(state.messages[-1]["content"]).strip()
+
+    def _opening_of_turn(self, state: _State) -> str:
+        return self._opening_after(state.prompt_ids + state.completion[: state.turn_start])
+
     def _shown(self, answer: _Answer) -> str:
         # As TRL shows what a tool raises.
         return super()._shown(replace(answer, text=str({"error": answer.text})) if answer.failed else answer)
@@ -539,23 +630,26 @@ class _Calls(ToolFormat):
     def _render(self, state: _State, answers: list[_Answer]) -> list[int]:
         # TRL's way, which its trainer does not offer as a function: what a template puts after an assistant's turn is
         # the difference of two renderings, without and with the results, of a conversation that does not matter.
-        called = {"type": "function", "function": {"name": answers[0].name, "arguments": {}}}
-        before: list[Message] = [
-            {"role": "user", "content": "-"},
-            {"role": "assistant", "content": "", "tool_calls": [called]},
-        ]
+        before = _conversation(answers[0].name)
         after: list[Message] = [{"role": "tool", "name": answer.name, "content": answer.text} for answer in answers]
-        prefix = self._ids(before, add_generation_prompt=False)
+        prefix = self._up_to_end(before)
         whole = self._ids([*before, *after], add_generation_prompt=True)
-        # The model ends its turn with an end token; what a template writes after that belongs to what is inserted.
-        end = max((i for i, token in enumerate(prefix) if token in self._eos), default=len(prefix) - 1) + 1
-        if not self._text(prefix[end:]).strip():
-            prefix = prefix[:end]
         if whole[: len(prefix)] != prefix:
             raise ValueError("the chat template renders a turn otherwise when results of tools follow it")
         suffix = whole[len(prefix) :]
         # In a few formats (GLM) the token that ends the turn is the one that begins the results.
         return suffix[suffix[:1] == state.turn[-1:] and self._ended(state) :]
+
+    def _up_to_end(self, messages: list[Message]) -> list[int]:
+        """The conversation up to the token that ends it: what a template writes after that belongs to what follows."""
+        ids = self._ids(messages, add_generation_prompt=False)
+        end = max((i for i, token in enumerate(ids) if token in self._eos), default=len(ids) - 1) + 1
+        return ids if self._text(ids[end:]).strip() else ids[:end]
+
+    @functools.cached_property
+    def _usual_end(self) -> int:
+        """The token that ends a call where the template renders one."""
+        return self._up_to_end(_conversation("python"))[-1]
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         return super()._ids(messages, chat_template=self._template, **options)
@@ -566,18 +660,33 @@ class _Calls(ToolFormat):
         if not turn:
             return {"role": "assistant", "content": ""}, ""
         prefix = state.prompt_ids + state.completion[: state.turn_start]
-        try:
-            message = self._parse(self._tokenizer, turn, prefix=prefix, tools=[self._schema])
-        except RecursionError:  # JSON that is nested too deeply
-            message = {"role": "assistant", "content": self._text(turn)}
-        if "tool_calls" in message or not self._opening.search(self._text(turn, special=True)):
+        message = self._parsed(turn, prefix)
+        if "tool_calls" in message:
+            return message, ""
+        if self._ended(state) and turn[-1] != self._usual_end:
+            # Llama ends some calls with <|eom_id|>, which the parser takes for text: read as if by the usual token.
+            usual = self._parsed([*turn[:-1], self._usual_end], prefix)
+            if "tool_calls" in usual:
+                return usual, ""
+            message["content"] = message["content"].removesuffix(self._raw(turn[-1:]))
+        raw = self._raw(turn)
+        if not self._opening.search(raw):
             return message, ""
         try:
             self._tokenizer.parse_response(turn, prefix=prefix, tools=[self._schema])
-            reason = "it is not complete"
         except Exception as error:
             reason = str(error).rpartition("\nError: ")[2]  # without the call once more
-        return message, f"Malformed tool call: {reason}"
+            return message, f"Malformed tool call: {reason}"
+        # A model may think about calls without making one.
+        thought = message.get("reasoning_content") or message.get("thinking")
+        rest = raw.replace(thought, "", 1) if thought else without_thoughts(self._opening_of_turn(state) + raw)
+        return message, "Malformed tool call: it is not complete" if self._opening.search(rest) else ""
+
+    def _parsed(self, turn: list[int], prefix: list[int]) -> Message:
+        try:
+            return self._parse(self._tokenizer, turn, prefix=prefix, tools=[self._schema])
+        except RecursionError:  # JSON that is nested too deeply
+            return {"role": "assistant", "content": self._text(turn)}
 
     @staticmethod
     def _call(call: Message) -> _Call:
@@ -586,6 +695,12 @@ class _Calls(ToolFormat):
         if name != "python":
             return _Call(name, problem=f"Tool {name} not found.")
         return _Call(name, function["arguments"])
+
+
+def _conversation(tool: str) -> list[Message]:
+    """One that does not matter, to see how a template renders a call of the tool."""
+    called = {"type": "function", "function": {"name": tool, "arguments": {}}}
+    return [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [called]}]
 
 
 class _Fenced(ToolFormat):
