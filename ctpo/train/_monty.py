@@ -1,36 +1,61 @@
 """Sessions in the interpreter of pydantic-monty: no files, no network, no processes, nothing of the host by design.
 
 The code sees a subset of Python. Values never cross to the host, where a small one could unfold without bound: the
-interpreter itself prints the last expression's value.
+interpreter itself prints the last expression's value, and keeps it in `_`. The message of an exception that the code
+does not catch does cross, as a whole: it may take a few times `Limits.memory` of the host for a moment.
+
+The thread of the event loop serves all sessions: what takes time that grows with the code is done by the caller's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import math
+import os
+import re
 import threading
 import time
-import tokenize
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ctpo.train._jail.notebook import Capture, capped
-from ctpo.train.sandbox import Limits, Reply, SandboxUnavailable, WorkerLost
+from ctpo.train.sandbox import MOST_CODE, Limits, Reply, SandboxUnavailable, WorkerLost
 
 if TYPE_CHECKING:
     from pydantic_monty import AsyncMonty, AsyncMontySession, MontyRuntimeError, MontySyntaxError
 
+    _Error: TypeAlias = MontySyntaxError | MontyRuntimeError
+
 _Result = TypeVar("_Result")
 _INSTALL = 'pip install "pydantic-monty>=1.4,<1.5"'
-_START, _GRACE = 60.0, 1.0
+_START, _GRACE, _END = 60.0, 1.0, 10.0
 _MOST_WORKERS = 4096
+_LONGEST_LINE = 300
 _VALUE = "_last_value_"
-_SHOW = f"\n)\nif {_VALUE} is not None: print(repr({_VALUE}))\nNone"
-_COMPOUND = ("if", "for", "while", "with", "try", "class", "def", "async", "match", "@")
+_SHOW = f"\n)\nif {_VALUE} is not None:\n    print(repr({_VALUE}))\n    _ = {_VALUE}\nNone"
+_COMPOUND = (
+    *("if", "elif", "else", "for", "while", "with", "try", "except", "finally"),
+    *("class", "def", "async", "@"),
+)
+_LINE_END = re.compile(r"\r\n|\r|\n")
+# Every alternative is possessive and a quote without its end is a token by itself: the time is linear in the code.
+_TOKEN = re.compile(
+    r"""
+    (?P<space> [ \t\f\ufeff]++ | \#[^\r\n]*+ | \\(?:\r\n|\r|\n) )
+    | (?P<newline> \r\n | \r | \n )
+    | (?P<string> \"{3} [^"\\]*+ (?: (?: \\. | "(?!"") ) [^"\\]*+ )*+ \"{3}
+                | '{3} [^'\\]*+ (?: (?: \\. | '(?!'') ) [^'\\]*+ )*+ '{3}
+                | "(?!"") [^"\\\r\n]*+ (?: \\(?:\r\n|.) [^"\\\r\n]*+ )*+ "
+                | '(?!'') [^'\\\r\n]*+ (?: \\(?:\r\n|.) [^'\\\r\n]*+ )*+ ' )
+    | (?P<opening> [(\[{] ) | (?P<closing> [)\]}] )
+    | \w++ | .
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_used_by: int | None = None  # the process that started Monty's threads, which a fork does not have
 
 
 class MontyPool:
@@ -45,12 +70,20 @@ class MontyPool:
             import pydantic_monty
         except ImportError as error:
             raise SandboxUnavailable(f"{error}: {_INSTALL}") from None
+        global _used_by
+        if _used_by not in (None, os.getpid()):
+            raise SandboxUnavailable(
+                "this process was forked from one that had used Monty, whose threads it lacks: start it by the method "
+                '"spawn", multiprocessing.get_context("spawn")'
+            )
+        _used_by = os.getpid()
         self._limits = limits
         self._closed = False
-        self._lock = threading.Lock()
-        self._sessions: set[AsyncMontySession] = set()  # changed by the thread of the loop only
+        self._lock = threading.RLock()  # a signal handler, or the garbage collector, may close what this thread opens
+        self._whole: set[asyncio.Task[Any]] = set()  # starts and ends; like the next, for the thread of the loop only
+        self._sessions: set[AsyncMontySession] = set()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="ctpo-monty", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="ctpo-monty", daemon=True)
         self._thread.start()
         try:
             self._pool: AsyncMonty = self.submit(self._enter(pydantic_monty.AsyncMonty)).result(_START)
@@ -61,11 +94,10 @@ class MontyPool:
                 worker.close()
             if reply != ("42\n", "", False):
                 raise RuntimeError(f"6 * 7 gives {reply}")
-        except SandboxUnavailable:
+        except BaseException as error:
             self.close()
-            raise
-        except Exception as error:
-            self.close()
+            if not isinstance(error, Exception) or isinstance(error, SandboxUnavailable):
+                raise
             reason = str(error).partition(";")[0] or type(error).__name__
             raise SandboxUnavailable(f"a trial failed ({reason}): {_INSTALL}") from None
 
@@ -74,19 +106,33 @@ class MontyPool:
         # A process serves one session only: nothing can be left behind for the next.
         return await pool(max_processes=_MOST_WORKERS, max_checkouts_per_worker=1).__aenter__()
 
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
     def submit(self, coroutine: Coroutine[Any, Any, _Result]) -> Future[_Result]:
         """Run a coroutine in the thread of the pool."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:  # what is submitted before the pool is closed is there for `_leave` to end
+            try:
+                if not self._closed:
+                    return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            except RuntimeError:  # closed a moment ago, by a signal handler
+                pass
+        coroutine.close()
+        raise ValueError("run: the sandbox is closed")
 
     def start(self, timeout: float) -> _Worker:
         """A worker for a session; none of its calls takes longer than the first or than the limit."""
-        if self._closed:
-            raise ValueError("run: the sandbox is closed")
         most = max(timeout, self._limits.timeout)
+        future = self.submit(self._checkout(most))
         try:
-            session = self.submit(self._checkout(most)).result(_START)
+            session = future.result(_START)
         except Exception as error:
+            if self._closed:
+                raise ValueError("run: the sandbox is closed") from None
             raise SandboxUnavailable(f"a session does not start: {type(error).__name__}: {error}") from None
+        finally:
+            future.cancel()  # no longer waited for: an interrupt, or too late
         return _Worker(self, session, self._limits, most)
 
     async def _checkout(self, most: float) -> AsyncMontySession:
@@ -100,41 +146,56 @@ class MontyPool:
             os_policy={"sleep": "system", "sleep_system_max": math.inf},
             assert_message_annotations=False,
         )
-        session = await session.__aenter__()
-        self._sessions.add(session)
+        with self._not_cut_off():
+            session = await session.__aenter__()
+            self._sessions.add(session)
         return session
+
+    @contextlib.contextmanager
+    def _not_cut_off(self) -> Iterator[None]:
+        """What takes milliseconds, and would hold up the end of the pool for seconds if it were cancelled."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._whole.add(task)
+        try:
+            yield
+        finally:
+            self._whole.discard(task)
 
     def release(self, session: AsyncMontySession) -> None:
         """End a session, and with it its process."""
-        if not self._closed:
-            with contextlib.suppress(Exception):
-                self.submit(self._return(session)).result(10.0)
+        with contextlib.suppress(Exception):  # closed: then it has ended already
+            ended = self.submit(self._return(session))
+            if threading.current_thread() is not self._thread:
+                ended.result(_END)
 
     async def _return(self, session: AsyncMontySession) -> None:
-        self._sessions.discard(session)
-        await session.__aexit__(None, None, None)
+        with self._not_cut_off():
+            self._sessions.discard(session)
+            await session.__aexit__(None, None, None)
 
     def close(self) -> None:
         """Kill all processes."""
         with self._lock:
             if self._closed:
                 return
+            self.submit(self._leave())
             self._closed = True
-        if hasattr(self, "_pool"):
-            with contextlib.suppress(Exception):
-                self.submit(self._leave()).result(10.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10.0)
-        if not self._loop.is_running():
-            self._loop.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_END)
 
     async def _leave(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.gather(*map(self._return, tuple(self._sessions)), return_exceptions=True)
-        await self._pool.__aexit__(None, None, None)
+        try:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others - self._whole:
+                task.cancel()
+            if others:
+                await asyncio.wait(others, timeout=_END / 4)
+            await asyncio.gather(*map(self._return, tuple(self._sessions)), return_exceptions=True)
+            if hasattr(self, "_pool"):
+                await self._pool.__aexit__(None, None, None)
+        finally:
+            self._loop.stop()
 
 
 class _Worker:
@@ -145,11 +206,12 @@ class _Worker:
         self._most = most
         self._session = session
         self._limits = limits
-        self._cells: list[str] = []
+        self._count = 0
+        self._cells: dict[int, str] = {}  # the last ones by number, for tracebacks
         self._feeds: dict[str, tuple[int, int, int]] = {}  # file name: cell, line and length of an inserted prefix
-        self._fed = 0
         self._used = 0.0
-        self._call: Future[str] | None = None
+        self._call: Future[_Error | None] | None = None
+        self._killed = False
         self._closed = False
 
     def run(self, code: str, timeout: float) -> Reply:
@@ -158,9 +220,13 @@ class _Worker:
         left = self._limits.cpu - self._used
         timeout = min(timeout, self._most)
         start = time.monotonic()
-        self._call = self._pool.submit(self._run(code, capture, min(timeout, left)))
+        self._remember(code)
+        sources = self._sources(code)
         try:
-            shown = self._call.result()
+            self._call = self._pool.submit(self._run(sources, capture, min(timeout, left)))
+            if self._killed:  # a moment ago, when there was no call to cancel
+                self._call.cancel()
+            error = self._call.result()
         except TimeoutError:
             if left <= timeout:
                 reason = f"The worker was killed: the session used up its {self._limits.cpu:g} s of processor time."
@@ -169,52 +235,68 @@ class _Worker:
             raise WorkerLost(reason, output=capture.text(), timed_out=True) from None
         except CancelledError:
             raise WorkerLost("The worker was killed.") from None
-        except Exception as error:
+        except Exception as lost:
             from pydantic_monty import MontyCrashedError
 
-            reason = "died" if isinstance(error, MontyCrashedError) else "failed"
-            raise WorkerLost(f"The worker {reason}: {error}.", output=capture.text()) from None
+            reason = "died" if isinstance(lost, MontyCrashedError) else "failed"
+            raise WorkerLost(f"The worker {reason}: {lost}.", output=capture.text()) from None
         finally:
             self._used += time.monotonic() - start
-        return Reply(capture.text(), capped(shown, self._limits.output), False)
+        return Reply(capture.text(), "" if error is None else self._shown(error), False)
 
-    async def _run(self, code: str, capture: Capture, timeout: float) -> str:
-        return await asyncio.wait_for(self._cell(code, capture), timeout)
+    def _remember(self, code: str) -> None:
+        self._count += 1
+        self._cells[self._count] = code
+        while sum(map(len, self._cells.values())) > 2 * MOST_CODE:
+            del self._cells[min(self._cells)]
 
-    async def _cell(self, code: str, capture: Capture) -> str:
+    def _sources(self, code: str) -> list[tuple[str, int, int]]:
+        """What to feed, with the line and length of a prefix; the second where the first is no Python.
+
+        Then the last statement was no expression, and nothing has run.
+        """
+        sources = [(f"{code}\nNone", 0, 0)]
+        if (place := _last_statement(code)) is not None:
+            line, offset = place
+            prefix = f"{_VALUE} = ("
+            sources.insert(0, (f"{code[:offset]}{prefix}{code[offset:]}{_SHOW}", line, len(prefix)))
+        return sources
+
+    async def _run(self, sources: list[tuple[str, int, int]], capture: Capture, timeout: float) -> _Error | None:
+        return await asyncio.wait_for(self._cell(sources, capture), timeout)
+
+    async def _cell(self, sources: list[tuple[str, int, int]], capture: Capture) -> _Error | None:
         from pydantic_monty import MontyRuntimeError, MontySyntaxError
 
-        self._cells.append(code)
-        place = _last_statement(code)
-        try:
-            if place is not None:
-                line, offset, prefix = place
-                source = f"{code[:offset]}{prefix}{code[offset:]}{_SHOW}"
-                try:
-                    await self._feed(source, capture, line, len(prefix))
-                    return ""
-                except MontySyntaxError:  # the last statement is no expression; nothing has run
-                    pass
-            await self._feed(f"{code}\nNone", capture, 0, 0)
-            return ""
-        except MontySyntaxError as error:
-            return self._syntax_error(error)
-        except MontyRuntimeError as error:
-            return self._traceback(error)
+        error: _Error | None = None
+        for source, line, shift in sources:
+            self._feeds[f"<python-input-{len(self._feeds)}>"] = self._count, line, shift
+            try:
+                await self._session.feed_run(source, print_callback=lambda _, text: capture.write(text))
+                return None
+            except MontySyntaxError as no_python:
+                error = no_python
+            except MontyRuntimeError as raised:
+                return raised
+        return error
 
-    async def _feed(self, source: str, capture: Capture, line: int, shift: int) -> None:
-        self._feeds[f"<python-input-{self._fed}>"] = len(self._cells), line, shift
-        self._fed += 1
-        await self._session.feed_run(source, print_callback=lambda _, text: capture.write(text))
+    def _shown(self, error: _Error) -> str:
+        from pydantic_monty import MontySyntaxError
+
+        head = self._place(error) if isinstance(error, MontySyntaxError) else self._traceback(error)
+        return capped(head + error.display("type-msg"), self._limits.output)
 
     def _traceback(self, error: MontyRuntimeError) -> str:
         """As CPython prints it, with the code's own lines."""
         frames = []
+        lines = {number: _LINE_END.split(code) for number, code in self._cells.items()}
         for frame in error.traceback():
             cell, line, shift = self._feeds.get(frame.filename, (0, 0, 0))
-            lines = self._cells[cell - 1].splitlines() if cell else []
-            if cell and frame.line > len(lines):
+            own = lines.get(cell, [])
+            if cell == self._count and frame.line > len(own):
                 continue  # what prints the value
+            text = own[frame.line - 1] if frame.line <= len(own) else ""
+            short = 0 < len(text) <= _LONGEST_LINE  # only then the place in it, found by Python's own parser
             moved = shift if frame.line == line else 0
             moved_end = shift if frame.end_line == line else 0
             frames.append(
@@ -223,29 +305,31 @@ class _Worker:
                     frame.line,
                     frame.function_name or "<module>",
                     lookup_line=False,
-                    line=(lines[frame.line - 1] if cell else frame.source_line or "") + "\n",
+                    line=text[:_LONGEST_LINE] + "\n",
                     end_lineno=frame.end_line,
-                    colno=frame.column - 1 - moved,
-                    end_colno=frame.end_column - 1 - moved_end,
+                    colno=frame.column - 1 - moved if short else None,
+                    end_colno=frame.end_column - 1 - moved_end if short else None,
                 )
             )
         head = "Traceback (most recent call last):\n" if frames else ""
-        return head + "".join(traceback.StackSummary.from_list(frames).format()) + error.display("type-msg")
+        return head + "".join(traceback.StackSummary.from_list(frames).format())
 
-    def _syntax_error(self, error: MontySyntaxError) -> str:
-        number = len(self._cells)
-        lines = self._cells[-1].splitlines()
-        where = ""
+    def _place(self, error: MontySyntaxError) -> str:
+        lines = _LINE_END.split(self._cells[self._count])
         for frame in error.traceback()[-1:]:
             line = min(frame.line, len(lines))
             if line:
                 text = lines[line - 1]
+                where = f'  File "<cell {self._count}>", line {line}\n    {text.strip()[:_LONGEST_LINE]}\n'
+                if len(text) > _LONGEST_LINE:
+                    return where
                 column = min(frame.column, len(text) + 1) - (len(text) - len(text.lstrip()))
-                where = f'  File "<cell {number}>", line {line}\n    {text.strip()}\n    {" " * (column - 1)}^\n'
-        return where + error.display("type-msg")
+                return f"{where}    {' ' * (column - 1)}^\n"
+        return ""
 
     def kill(self) -> None:
         """End it from any thread."""
+        self._killed = True
         if self._call is not None:
             self._call.cancel()
 
@@ -257,31 +341,40 @@ class _Worker:
             self._pool.release(self._session)
 
 
-def _last_statement(code: str) -> tuple[int, int, str] | None:
-    """Line, offset and prefix with which the last statement, if it is an expression, becomes an assignment.
+def _last_statement(code: str) -> tuple[int, int] | None:
+    """Line and offset of the last statement, if it could be an expression.
 
-    Found by the tokenizer: Python's parser is not for hostile code in one's own process.
+    Python's tokenizer and parser are not for hostile code in one's own process: this knows strings, comments, brackets
+    and the ends of lines, in linear time. Where it is wrong Monty finds a syntax error, and nothing has run.
     """
-    start: tuple[int, int] | None = None
-    fresh, simple = True, True
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(code).readline):
-            if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER):
-                fresh = fresh or token.type == tokenize.NEWLINE
-            elif token.type in (tokenize.INDENT, tokenize.DEDENT):
-                continue
-            elif fresh:
-                fresh, simple = False, token.string not in _COMPOUND
-                start = token.start if token.start[1] == 0 and simple else None
-                after = False
-            elif token.string == ";":
-                after = start is not None
-            elif after:
-                start, after = token.start, False
-    except (tokenize.TokenError, SyntaxError):
-        return None
-    if start is None:
-        return None
-    row, column = start
-    offset = sum(len(line) for line in io.StringIO(code).readlines()[: row - 1]) + column
-    return row, offset, f"{_VALUE} = ("
+    start: int | None = None
+    line, lines, depth = 1, 1, 0
+    fresh, after, simple = True, False, True
+    for token in _TOKEN.finditer(code):
+        kind, text = token.lastgroup, token[0]
+        if kind == "space":
+            lines += text[0] == "\\"
+            continue
+        if kind == "newline":
+            lines += 1
+            if not depth:
+                fresh, after = True, False
+            continue
+        if fresh or (after and text != ";"):
+            if fresh:
+                simple = text not in _COMPOUND and (not token.start() or code[token.start() - 1] in "\r\n\f\ufeff")
+            start = token.start() if simple else None
+            line, fresh, after = lines, False, False
+        if kind == "string":
+            lines += len(_LINE_END.findall(text))
+        elif kind == "opening":
+            depth += 1
+        elif kind == "closing":
+            depth -= 1
+        elif text == ";" and not depth:
+            after = simple
+        elif text in "'\"":
+            return None  # a string without its end
+        if depth < 0:
+            return None
+    return None if start is None or depth else (line, start)
