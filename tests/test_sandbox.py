@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import json
 import os
 import pathlib
 import platform
 import re
+import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import hypothesis.strategies as st
@@ -363,6 +369,12 @@ os.write(frame.f_locals["descriptor"], struct.pack("!I", len(data)) + data)
         b'{"ended": "x"}',
         b'{"ended": -1e400}',
         b'{"ended": -12345}',
+        b'{"ended": -1000000000000}',
+        b'{"ended": 1' + b"0" * 900 + b"}",
+        b'{"ended": 256}',
+        b'{"ended": true}',
+        b'{"ended": -0.0}',
+        b'{"a": ' * 180 + b"1" + b"}" * 180,
         b"null",
         b"\xff\xfe",
         b'{"id": [], "output": 1}',
@@ -378,7 +390,82 @@ os.write(frame.f_locals["descriptor"], struct.pack("!I", {len(reply)}) + {reply!
 """
     result = jailed.run(code)
     assert result.restarted
+    assert len(result.error) < 200
+    if reply.startswith(b'{"ended": '):
+        assert result.error.startswith(("The worker died. ", "The worker was killed: it broke the protocol"))
     assert shown(jailed, "1 + 1") == "2\n"
+    # The same, said after the answer and thus found by the next call.
+    code = f"""
+import os, signal, struct, sys
+frame = sys._getframe()
+while "request" not in frame.f_locals:
+    frame = frame.f_back
+def late(*_, fd=frame.f_locals["descriptor"]):
+    os.write(fd, struct.pack("!I", {len(reply)}) + {reply!r})
+signal.signal(signal.SIGUSR1, late)
+"""
+    jailed.run(code)
+    process = jailed._held[0]._process
+    signal.pidfd_send_signal(process, signal.SIGUSR1)
+    assert select.select([jailed._held[0]._connection], [], [], LONG)[0]
+    result = jailed.run("print('run')")
+    assert (result.output, result.restarted) == ("", True)
+    assert "was not run" in result.error
+    assert len(result.error) < 300
+
+
+def test_long_numbers_of_a_worker_are_not_read(jailed):
+    """Python may have been told to read integers of any length, which takes long."""
+    program = """
+import json, socket, struct, time
+from ctpo.train._bubblewrap import _receive
+for reply in b'{"a": ' + b"9" * 400_000 + b"}", b'{"a": -' + b"9" * 30 + b"}":
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    ours.setblocking(False)
+    assert ours.send(struct.pack("!I", len(reply)) + reply) == len(reply) + 4
+    try:
+        print(_receive(theirs, 1 << 20, time.monotonic() + 60.0))
+    except ValueError as error:
+        print(error)
+assert int("9" * 10_000)  # nothing bounds it
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "int_max_str_digits=0", "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.stdout, done.stderr) == ("a message that cannot be read\n" * 2, "")
+
+
+def test_refused_fork_costs_one_session(tmp_path):
+    """Outside a jail, as the limits of the system that refuse it cannot be set for root: the loop of the parent."""
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "ctpo" / "train")!r})
+from _jail import worker
+def refuse():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+os.fork, worker._PRELOAD = refuse, "json"
+worker.main()
+"""
+    from ctpo.train._bubblewrap import _receive
+
+    control, theirs = socket.socketpair()
+    config = {"control": theirs.fileno(), "here": str(ROOT / "ctpo" / "train"), "path": [], "nested": True}
+    command = [sys.executable, "-c", program, json.dumps(config)]
+    with control, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=tmp_path) as parent:
+        theirs.close()
+        deadline = time.monotonic() + LONG
+        assert _receive(control, 1000, deadline) == {"ready": True}
+        for _ in range(3):
+            ours, other = socket.socketpair()
+            with ours, other:
+                socket.send_fds(control, [b"s"], [other.fileno()])
+                other.close()
+                said = _receive(ours, 1000, deadline)
+                assert said == {"failed": "BlockingIOError: [Errno 11] Resource temporarily unavailable"}
+                assert ours.recv(1) == b""
+        control.close()
+        assert parent.wait(LONG) == 0
 
 
 def test_a_reply_that_is_announced_as_huge_is_not_awaited(jailed):
@@ -560,6 +647,19 @@ def test_numpy_sympy_and_asyncio_work(jailed):
     assert shown(jailed, "import numpy as np\nnp.linalg.solve([[2.0]], [4.0])") == "array([2.])\n"
     code = "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 5\nasyncio.run(f())"
     assert shown(jailed, code) == "5\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="no SciPy")
+def test_scipy_works(either):
+    """Its BLAS is one that NumPy has not loaded, and would start threads."""
+    code = "import scipy.linalg\nimport sympy as sp\nprint(scipy.linalg.det([[1.0, 2.0], [3.0, 4.0]]))"
+    assert float(shown(either, code)) == pytest.approx(-2.0)
+    assert shown(either, "import os\nx = sp.Symbol('x')\nprint(dict(os.environ), sp.lambdify(x, sp.sin(x))(0.0))") == (
+        "{} 0.0\n"
+    )
+    assert float(shown(either, "import scipy.optimize\nprint(scipy.optimize.brentq(lambda x: x * x - 4, 0, 5))")) == (
+        pytest.approx(2.0)
+    )
 
 
 def test_session_has_no_rights_at_all(lasting):
@@ -825,6 +925,43 @@ def test_end_of_the_host_is_the_end_of_all(form, end):
             return
         threading.Event().wait(0.1)
     pytest.fail(f"still there: {left}")
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "jail.close()"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_jail_that_starts_ends_with_its_host(nested, end):
+    """Killed, or closing it, before bubblewrap has said what it started; each try a little later."""
+    require_backend("bubblewrap")
+    mark = secrets.randbelow(10**15) + 10**15  # in the arguments of its processes
+    program = f"""
+import os, shutil, sys, time
+from ctpo.train import _bubblewrap as module
+from ctpo.train.sandbox import Limits
+if "close" in {end!r}:
+    module._readable = lambda *arguments: False  # as if nothing came in time
+for delay in map(float, sys.argv[1:]):
+    if os.fork() == 0:
+        jail = module._Jail(shutil.which("bwrap"), module._Form({nested}, os.geteuid() == 0), Limits(output={mark}))
+        time.sleep(delay)
+        {end}
+        os._exit(0)
+    os.wait()
+"""
+    delays = [str(seconds) for seconds in (0.0, 0.001, 0.003, 0.006, 0.01, 0.03)]
+    subprocess.run([sys.executable, "-c", program, *delays], check=True, cwd=ROOT)
+    for _ in range(600):
+        left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(mark) in _command_line(pid)]
+        if not left:
+            return
+        threading.Event().wait(0.1)
+    pytest.fail(f"still there: {left}")
+
+
+def _command_line(pid: str) -> str:
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def _state(pid: int) -> str:

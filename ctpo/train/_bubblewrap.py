@@ -74,7 +74,7 @@ class Bubblewrap:
 
     def __init__(self, limits: Limits, *, nested: bool | None = None) -> None:
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close what its own thread is starting
         self._closed = False
         self._workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
         self._jail: _Jail | None = None  # the one of all sessions, or the one of the next session
@@ -116,22 +116,31 @@ class Bubblewrap:
     def start(self, timeout: float) -> _Worker:
         """A worker for a session; a jail that has died is replaced."""
         with self._lock:
-            if self._closed:
-                raise ValueError("run: the sandbox is closed")
+            self._check_open()
             return self._start(attempts=2)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("run: the sandbox is closed")
 
     def _start(self, attempts: int) -> _Worker:
         while True:
             if self._jail is None:
                 self._jail = _Jail(self._bwrap, self._form, self._limits)
+            jail = self._jail
             attempts -= 1
             try:
-                worker = self._jail.session()
-                break
+                worker = jail.session()
             except SandboxUnavailable:
-                if not attempts or self._jail.lives():  # and with it other sessions
+                self._check_open()
+                if not attempts or jail.lives():  # and with it other sessions
                     raise
                 self._end()
+                continue
+            if self._closed:
+                worker.close()
+            self._check_open()
+            break
         if not self._form.nested:
             self._jail = None  # it is the worker's now; the next one gets ready while this one works
             self._jail = _Jail(self._bwrap, self._form, self._limits)
@@ -147,9 +156,9 @@ class Bubblewrap:
                 worker.kill()
 
     def _end(self) -> None:
-        if self._jail is not None:
-            self._jail.close()
-            self._jail = None
+        jail, self._jail = self._jail, None
+        if jail is not None:
+            jail.close()
 
 
 class _Jail:
@@ -160,7 +169,7 @@ class _Jail:
         self._form = form
         self._ready = False
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._init: int | None = None  # pidfd of the first process inside, with which all others end
         with contextlib.ExitStack() as inside:
             self._control, control = socket.socketpair()
@@ -180,7 +189,9 @@ class _Jail:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    pass_fds=(control.fileno(), info),
+                    # Both ends of the pipe: else bubblewrap, whose host is killed before it reads, would die at
+                    # its report, and leave its child waiting for ever.
+                    pass_fds=(control.fileno(), info, self._info),
                     start_new_session=True,  # Ctrl-C in the terminal is the host's
                     cwd="/",
                     env={},
@@ -247,6 +258,8 @@ class _Jail:
             if _receive(self._control, 1000, deadline).get("ready") is not True:
                 raise ValueError
         except (OSError, ValueError, EOFError, KeyError) as error:
+            if self._closed:
+                raise SandboxUnavailable("the jail was closed while it started") from None
             self._kill()
             os.set_blocking(self._process.stderr.fileno(), False)
             said = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip().splitlines()
@@ -257,6 +270,8 @@ class _Jail:
         self._ready = True
 
     def _kill(self) -> None:
+        if self._process.returncode is not None:
+            return
         if self._init is None:  # not ready: where bubblewrap has said what it started, that goes with it
             with contextlib.suppress(OSError, ValueError, KeyError):
                 if _readable(1.0, self._info):
@@ -266,7 +281,11 @@ class _Jail:
             os.close(self._init)
             self._init = None
         else:
-            self._process.kill()
+            # A child that waits for the first is in its group; one that has left it ends with the connection.
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def close(self) -> None:
@@ -275,8 +294,7 @@ class _Jail:
             if self._closed:
                 return
             self._closed = True
-            if self._process.returncode is None:
-                self._kill()
+            self._kill()
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)
             self._control.close()
@@ -291,7 +309,8 @@ class _Worker:
     def __init__(self, connection: socket.socket, process: int, limits: Limits, jail: _Jail | None) -> None:
         self._connection = connection
         self._process: int | None = process  # pidfd
-        self._process_lock = threading.Lock()
+        # Garbage collection, or a signal's handler, may close it while the same thread kills it.
+        self._process_lock = threading.RLock()
         self._limits = limits
         self._jail = jail
         self._most = 24 * (limits.output + 100) + 1000  # output and error, at most twelve bytes a character in JSON
@@ -312,7 +331,7 @@ class _Worker:
             ) from None
         except (OSError, EOFError):
             raise WorkerLost("The worker died.") from None
-        except ValueError as error:
+        except Exception as error:
             raise WorkerLost(f"The worker was killed: it broke the protocol ({error}).") from None
         if "ended" in message:
             raise WorkerLost(_epitaph(message, self._limits))
@@ -332,7 +351,7 @@ class _Worker:
         if _readable(0, self._connection.fileno(), self._process):
             try:
                 message = _receive(self._connection, self._most, time.monotonic() + 1.0)
-            except (OSError, EOFError, ValueError):
+            except Exception:
                 message = {}
             reason = (
                 _epitaph(message, self._limits)
@@ -370,18 +389,15 @@ def _epitaph(message: dict[str, Any], limits: Limits) -> str:
     code = message.get("ended")
     if message.get("cpu") is True:
         return f"The worker was killed: the session used up its {limits.cpu:g} s of processor time."
-    if not isinstance(code, int) or isinstance(code, bool):
+    if type(code) is not int or not -64 <= code <= 255:  # forged
         return "The worker died."
     if code >= 0:
         return f"The worker exited with status {code}."
-    try:
-        return f"The worker died: {signal.strsignal(-code) or f'signal {-code}'}."
-    except ValueError:
-        return "The worker died."
+    return f"The worker died: {signal.strsignal(-code) or f'signal {-code}'}."
 
 
 def _kill(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):  # it has ended, or was let go of meanwhile
         signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
@@ -411,12 +427,18 @@ def _receive(connection: socket.socket, most: int, deadline: float) -> dict[str,
     if length > most:
         raise ValueError("a message that is too long")
     try:
-        message = json.loads(_read(connection, length, deadline))
+        message = json.loads(_read(connection, length, deadline), parse_int=_integer)
     except (ValueError, RecursionError):
         raise ValueError("a message that cannot be read") from None
     if not isinstance(message, dict):
         raise ValueError("a message that is no object")
     return message
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # time and memory grow with their square where Python does not bound them
+        raise ValueError("a number that is too long")
+    return int(digits)
 
 
 def _read(connection: socket.socket, count: int, deadline: float) -> bytes:

@@ -35,6 +35,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE, _MS_REC = 1, 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 4, 24, 38, 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAPABILITY_VERSION_3 = 0x20080522
+_CLOSE_RANGE = 436  # the same on all architectures
 
 _PRELOAD = """
     bisect cmath collections copy csv dataclasses datetime decimal enum fractions functools heapq inspect itertools
@@ -67,10 +68,11 @@ def main() -> None:
             if name.partition(".")[0] not in ("numpy", "mpmath", "sympy"):
                 raise
     os.environ.clear()
-    null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        # For libraries that a session loads: SciPy's own BLAS, refused a thread, would raise KeyboardInterrupt.
+        _check(_libc.setenv(name.encode(), b"1", 1), "setenv")
     _close_all_but(control.fileno())
+    _reopen_standard()
     control.set_inheritable(False)
     gc.collect()
     gc.freeze()
@@ -90,7 +92,13 @@ def main() -> None:
             return
         if not descriptors:
             return
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError as error:  # too many processes, or too little memory: the sessions that run go on
+            with contextlib.suppress(OSError):
+                _send(descriptors[0], {"failed": f"{type(error).__name__}: {error}"})
+            os.close(descriptors[0])
+            continue
         if child == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _session(descriptors[0], config)
@@ -129,6 +137,7 @@ def _attend(control: socket.socket, child: int) -> None:
 def _session(descriptor: int, config: dict[str, Any]) -> NoReturn:
     try:
         _close_all_but(descriptor)
+        _reopen_standard()  # flags of an open file are shared by all that inherit it
         _isolate(descriptor, config)
         notebook = Notebook(config["output"])
         _send(descriptor, {"ready": True})
@@ -205,9 +214,11 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str) -> Non
 def _report(descriptor: int, child: int, config: dict[str, Any]) -> NoReturn:
     """Parent of a session's process: says how it ended."""
     _, status, usage = os.wait4(child, 0)
-    used_up = usage.ru_utime + usage.ru_stime >= 0.9 * config["cpu"]  # the kernel's two clocks differ a little
+    code = os.waitstatus_to_exitcode(status)
+    # The kernel limits by one clock and reports by another, which is coarse.
+    used_up = code in (-signal.SIGKILL, -signal.SIGXCPU) and usage.ru_utime + usage.ru_stime >= 0.5 * config["cpu"]
     try:
-        _send(descriptor, {"ended": os.waitstatus_to_exitcode(status), "cpu": used_up})
+        _send(descriptor, {"ended": code, "cpu": used_up})
     finally:
         os._exit(0)
 
@@ -270,7 +281,16 @@ def _reseed() -> None:
 
 def _close_all_but(descriptor: int) -> None:
     os.closerange(3, descriptor)
-    os.closerange(descriptor + 1, 1 << 16)
+    if _libc.syscall(_CLOSE_RANGE, ctypes.c_uint(descriptor + 1), ctypes.c_uint(0xFFFFFFFF), 0) != 0:  # Linux < 5.9
+        os.closerange(descriptor + 1, 1 << 20)
+
+
+def _reopen_standard() -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)
 
 
 def _prctl(option: int, value: int) -> None:
