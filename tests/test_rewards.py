@@ -308,6 +308,31 @@ RIGHT = [
     (r"\binom{5}{2}", "10"),
     (r"1\pm\sqrt2", r"1+\sqrt2,1-\sqrt2"),
     ("2^{100}", "1267650600228229401496703205376"),
+    ("ABC", "abc"),
+    (r"\text{ABC}", r"\text{(abc)}"),
+    ("true", "True"),
+    (r"\mathrm{no}", "NO"),
+    ("No solution", r"\text{no  solution}"),
+    (r"$\boxed{\text{B}}$", "(B)"),
+    ("xy", "x y"),
+    ("xy", r"y \cdot x"),
+    (r"\text{A, C}", "C, A"),
+    ("A, B, C", "A, B and C"),
+    ("A, B, C", "B, A, or C"),
+    ("70", "70."),
+    ("70", "70,"),
+    ("70", r"70\\"),
+    ("70", r"70 .\\ "),
+    ("70", r"$70$;"),
+    ("70.", "70"),
+    ("1.5", r"1.5\,"),
+    ("0.5", ".5"),
+    ("0.5", "0.5."),
+    ("120", "5!"),
+    ("120", "5!."),
+    ("1,2", "1,2,"),
+    ("Monday", r"\text{Monday}."),
+    ("Monday", r"\text{Monday.}"),
     (["3", "4"], "4"),
     (70, "70"),
 ]
@@ -332,11 +357,18 @@ WRONG = [
     ("Monday", "Tuesday"),
     ("B", "C"),
     ("x", "2"),
+    ("ABC", "BCA"),
+    ("ABC", r"\text{BCA}"),
+    ("listen", "silent"),
+    ("no", "on"),
+    ("and", "or"),
+    ("70", "7.0."),
+    ("1", "߄"),
     (["3", "4"], "5"),
 ]
 # Verdicts of math-verify 0.9 that are wrong: docs/rewards.md lists them.
-WRONGLY_RIGHT = [("70", "71=70"), ("12_7", "12"), ("12:30", "2:5"), ("70", "[70]")]
-WRONGLY_WRONG = [(r"0.\overline{3}", "1/3"), ("9", "12_7"), (r"\text{A, C}", "A, C")]
+WRONGLY_RIGHT = [("70", "71=70"), ("12_7", "12"), ("12:30", "2:5"), ("70", "[70]"), ("3", "1 2")]
+WRONGLY_WRONG = [(r"0.\overline{3}", "1/3"), ("9", "12_7"), ("70", "70=x"), ("xy", "yx")]
 WITHOUT_A_BOX = [
     ("70", "The answer is 70.", 1),
     ("70", "I tried 70. The answer is $71$", 0),
@@ -347,6 +379,9 @@ WITHOUT_A_BOX = [
     ("70", r"The answer is 70, put in \boxed{}.", 1),
     ("70", r"The answer is $70$. <answer>...</answer>", 1),
     ("70", "", 0),
+    ("on", "It is $no$", 0),
+    ("no", "The answer is $No$.", 1),
+    ("1", "߄", 0),
 ]
 
 
@@ -377,7 +412,14 @@ def test_verdicts(math_rewards):
         (r"\frac{1}{\sqrt 2}", r"\frac{\sqrt 2}{2}", "2^{-1/2}"),
         ("x^2-1", "(x-1)(x+1)", "(x+1)(x-1)"),
         ("[0, 1)", "[0, 1.0)"),
-        (r"\text{Monday}", "Monday", "monday"),
+        (r"\text{Monday}", "Monday", "monday", "Monday."),
+        ("70", "{70}", "70, 70", r"\{70\}", "70, 70.0", "71=70", r"\frac{140}{2} = 70", "x = y = 70", "70.", r"70\\"),
+        ("Yes", r"\text{YES}", "yes", r"\textbf{Yes}"),
+        ("no solution", r"\text{No solution}", r"\text{No  Solution.}"),
+        ("A, C", r"\text{C, A}", r"\text{A} and \text{C}"),
+        # No simplification of sympy's makes a fraction of that.
+        (r"\frac{2}{101}", r"\frac{\sqrt{3+2\sqrt{2}}-\sqrt{2}+1}{101}"),
+        ("a^2", r"\int_0^a 2x\,dx", r"\sum_{n=1}^{2} \frac{a^2}{2}"),
         (r"\text{(B)}", "B"),
         ("(1, 2, 3)", "(1,2,3)"),
     ],
@@ -391,8 +433,25 @@ def test_equal_answers_have_one_key(math_rewards, answers):
 def test_different_answers_have_different_keys(math_rewards):
     answers = ["1/2", "1/3", "0.333333", r"\sqrt 2", "1.41421356", "987654321987654321", "987654321987654320"]
     answers += ["(1,2)", "[1,2]", "(1,2]", "1,2", "x", "x+1", "x=2", r"\text{Monday}", r"\infty", "50", r"50\%+1"]
+    answers += ["71=70", "71=x", "listen", "silent", "no", "on", "no solution", "2/101", "2/103", "1/10001"]
     keys = [score.answer for score in math_rewards.score(list(map(boxed, answers)), [ROW] * len(answers))]
     assert len(set(keys)) == len(answers)
+
+
+def test_boxes_that_say_the_same_have_its_key(math_rewards):
+    scores = math_rewards.score(["$\\boxed{70}$\n\n$\\boxed{70}$", r"\boxed{70} and \boxed{70.0}"], [ROW] * 2)
+    assert [score.answer for score in scores] == ["70", "70"]
+
+
+def test_a_key_that_takes_long_costs_neither_the_value_nor_the_time():
+    answer = r"\sum_{n=1}^{1000000000} \frac{\sin(n^2)}{n}"
+    with Rewards("math", timeout=4 * PATIENT, workers=1) as rewards:
+        rewards.score([boxed("1")], [ROW])
+        started = time.monotonic()
+        late, fine = rewards.score([boxed(answer), boxed("1")], [{"ground_truth": answer}, ROW])
+        assert time.monotonic() - started < PATIENT
+    assert (late.correct, late.failures, late.answer) == (True, {}, answer)
+    assert (fine.correct, fine.answer) == (True, "1")
 
 
 def test_no_answer_has_no_key(math_rewards):
@@ -943,20 +1002,43 @@ def test_ended_scripts_leave_no_workers(tmp_path, ending):
     wait_until(lambda: not any(map(alive, workers)))
 
 
-def test_a_worker_stuck_in_c_ends_itself_when_the_parent_is_gone(tmp_path, monkeypatch):
+def test_a_worker_stuck_in_c_ends_itself_when_the_parent_is_gone(tmp_path):
     """No thread of it can run, so only the alarm is left."""
-    (tmp_path / "stuck.py").write_text("def f(response): return 10 ** 10 ** 10\n", encoding="utf-8")
+    # It says that it is there without letting go of the interpreter, so that the thread which notices the end of the
+    # parent cannot run between that and the computation.
+    code = """
+        import ctypes, sys
+        def f(response):
+            sys.setswitchinterval(1e6)
+            ctypes.PyDLL(None).write(2, b"taken", 5)
+            return 10 ** 10 ** 10
+    """
+    (tmp_path / "stuck.py").write_text(textwrap.dedent(code), encoding="utf-8")
     setup = {"path": [str(tmp_path), *sys.path], "parts": ["stuck:f"], "pattern": None, "memory": None, "timeout": 1}
     inward, outward = os.pipe(), os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", ALARMED, str(inward[0]), str(outward[1])], pass_fds=(inward[0], outward[1])
+        [sys.executable, "-c", ALARMED, str(inward[0]), str(outward[1])],
+        pass_fds=(inward[0], outward[1]),
+        stderr=subprocess.PIPE,
     )
-    for message in (setup, {"task": 0, "part": "stuck:f", "response": "", "row": {}}):
+
+    def send(message):
         data = json.dumps(message).encode()
         os.write(inward[1], len(data).to_bytes(4, "big") + data)
-    for end in (*inward, *outward):
-        os.close(end)
-    assert process.wait(timeout=4 * PATIENT) in (-signal.SIGALRM, -signal.SIGPIPE, 1)
+
+    try:
+        for end in (inward[0], outward[1]):
+            os.close(end)
+        send(setup)
+        with os.fdopen(outward[0], "rb") as replies:
+            assert json.loads(replies.read(int.from_bytes(replies.read(4), "big"))) == {"ready": True}
+            send({"task": 0, "part": "stuck:f", "response": "", "row": {}})
+            assert process.stderr.read(5) == b"taken"
+            os.close(inward[1])
+        assert process.wait(timeout=PATIENT) == -signal.SIGALRM
+    finally:
+        process.kill()
+        process.communicate()
 
 
 ALARMED = """

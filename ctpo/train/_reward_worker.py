@@ -121,9 +121,11 @@ def harmless(name: str) -> bool:
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
-
-# At least four letters: not a product of variables.
-_WORDS = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-Za-z]{4}[A-Za-z\s]*)\)?\s*\}?", re.ASCII)
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}\\]*)\}")
+_WRAPPED = (re.compile(r"\$([^$]*)\$"), re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL), _TEXT)
+_LETTERS = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
+# At the end of a whole answer: a full stop, a line break of LaTeX, but not an ellipsis and not \right. of \left\{.
+_END = re.compile(r"(?:\s|(?<!\\right)(?<!\.)[.](?!\.)|[,;:]|\\\\|\\[ ,;:])+\Z")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:(?:\\[,;:! ]|\{,\}|~|\s)\d{3})+)(\.\d+)?", re.ASCII)
 _EXPONENT = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
 
@@ -135,6 +137,26 @@ def plain_number(text: str) -> str:
     if found := _EXPONENT.fullmatch(text):
         return rf"{found[1]} \cdot 10^{{{int(found[2])}}}"
     return text
+
+
+def words(text: str) -> str | None:
+    r"""The words of a text that is nothing else, of a list of words each once, sorted; else None.
+
+    math-verify reads letters as a product: BCA as ABC, silent as listen.
+    """
+    text = _END.sub("", text).strip()
+    for wrapped in _WRAPPED:
+        if found := wrapped.fullmatch(text):
+            text = _END.sub("", found[1]).strip()
+    parts = set()
+    for part in re.split(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+", text):
+        whole = found[1].strip() if (found := _TEXT.fullmatch(part)) else part
+        whole = whole[1:-1].strip() if whole[:1] == "(" and whole[-1:] == ")" else whole
+        if not _LETTERS.fullmatch(whole):
+            return None
+        each = whole.casefold().split()
+        parts.add(("" if max(map(len, each)) == 1 else " ").join(each))  # x y is xy
+    return parts.pop() if len(parts) == 1 else "{" + ", ".join(sorted(parts)) + "}"
 
 
 def math_scorer() -> Scorer:
@@ -151,7 +173,8 @@ def math_scorer() -> Scorer:
         def direct(text: str) -> list[Any]:
             return math_verify.parse(text, parsing_timeout=None, raise_on_error=True)
 
-        text = plain_number(text)
+        if whole:
+            text = plain_number(_END.sub("", text))
         marked = any(mark in text for mark in ("$", r"\(", r"\[", r"\boxed"))
         if not whole:
             return direct(text)
@@ -159,12 +182,14 @@ def math_scorer() -> Scorer:
         return found or direct(rf"\boxed{{{text}}}")
 
     @functools.lru_cache(256)  # a ground truth comes with every response of its group
-    def truth(text: str) -> list[Any]:
-        return parse(text, True)
+    def truth(text: str) -> tuple[str | None, list[Any]]:
+        return words(text), parse(text, True)
 
-    def equal(gold: list[Any], found: list[Any]) -> bool:
+    def equal(gold: tuple[str | None, list[Any]], said: str | None, found: list[Any]) -> bool:
+        if gold[0] is not None and said is not None:
+            return gold[0] == said
         try:
-            return bool(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
+            return bool(math_verify.verify(gold[1], found, timeout_seconds=None, raise_on_error=True))
         except (MemoryError, RecursionError):
             raise
         except Exception:  # such as the comparison of a matrix with a set
@@ -183,6 +208,8 @@ def math_scorer() -> Scorer:
         return str(value.evalf(12))
 
     def key(value: Any) -> str:
+        if isinstance(value, sympy.Eq) and not value.free_symbols:  # 140/2 = 70, judged by its last member
+            value = value.rhs
         if not isinstance(value, sympy.Basic | sympy.MatrixBase):
             return " ".join(str(value).split())
         if is_assignment_relation(value):
@@ -190,7 +217,8 @@ def math_scorer() -> Scorer:
         if isinstance(value, And):
             return " and ".join(map(key, value._unsorted_args))
         if isinstance(value, sympy.FiniteSet):
-            return "{" + ", ".join(sorted({key(each) for each in value.args})) + "}"
+            keys = sorted({key(each) for each in value.args})
+            return keys[0] if len(keys) == 1 else "{" + ", ".join(keys) + "}"
         if isinstance(value, sympy.Tuple):
             return "(" + ", ".join(map(key, value.args)) + ")"
         if isinstance(value, sympy.Interval):
@@ -207,11 +235,19 @@ def math_scorer() -> Scorer:
         answer, whole = request["answer"], request["whole"]
         texts = request["ground_truth"]
         same = whole and any(text.split() == answer.split() for text in texts)
-        found = parse(answer, whole)
-        value = same or any(equal(truth(text), found) for text in texts)
+        try:
+            found = parse(answer, whole)
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # it cannot be read
+            found = []
+        # Of a text that was searched, what was found in it.
+        plain = answer if whole else found[-1] if found and isinstance(found[-1], str) else ""
+        said = words(plain)
+        value = same or any(equal(truth(text), said, found) for text in texts)
         yield {"value": float(value)}
-        if words := _WORDS.fullmatch(answer):
-            yield {"answer": " ".join(words[1].lower().split())}
+        if said is not None:
+            yield {"answer": said}
         elif found:
             with contextlib.suppress(Exception):
                 yield {"answer": key(found[0])}
