@@ -151,6 +151,55 @@ def test_majority_of_many_samples(counts, right, silent):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
 
 
+def majority_by_ties(counts: list[int], shares: list[Fraction], silent: int, k: int) -> Fraction:
+    """The same with whole numbers, for many answers: subsets by size and number of winners, one answer at a time."""
+    total = Fraction(0)
+    for top in range(1, max(counts) + 1):
+        ways = {(size, 0): (math.comb(silent, size), Fraction(0)) for size in range(min(silent, k) + 1)}
+        for count, share in zip(counts, shares, strict=True):
+            grown: dict = {}
+            for (size, winners), (number, right) in ways.items():
+                for votes in range(min(count, top, k - size) + 1):
+                    wins = votes == top
+                    before = grown.get((size + votes, winners + wins), (0, Fraction(0)))
+                    choices = math.comb(count, votes)
+                    gained = choices * (right + share * number * wins)
+                    grown[size + votes, winners + wins] = (before[0] + choices * number, before[1] + gained)
+            ways = grown
+        total += sum(
+            (right / winners for (size, winners), (_, right) in ways.items() if size == k and winners), Fraction(0)
+        )
+    return total / math.comb(sum(counts) + silent, k)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shares", "silent"),
+    [
+        ([2] * 12, [1, 0, Fraction(1, 2)] * 4, 0),
+        ([3, 3, 2, 2, 2, 1, 1, 1, 1, 4], [1, 0, 1, 0, Fraction(1, 2), 1, 0, 0, 1, 0], 3),
+        ([1] * 20, [1] * 3 + [0] * 17, 5),
+        ([6, 6, 6, 6], [1, Fraction(2, 3), Fraction(2, 3), 0], 1),
+    ],
+)
+def test_majority_of_many_answers_with_equally_many_votes(counts, shares, silent):
+    answers = [name for name, count in enumerate(counts) for _ in range(count)] + [None] * silent
+    correct = [place < share * count for count, share in zip(counts, shares, strict=True) for place in range(count)]
+    sizes = [1, 2, 3, 5, 8, sum(counts) // 2, sum(counts)]
+    expected = [float(majority_by_ties(counts, list(map(Fraction, shares)), silent, k)) for k in sizes]
+    found = majority_at_k(answers, correct + [False] * silent, sizes)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("votes", [1, 2, 5])
+def test_majority_of_a_thousand_samples_that_hardly_agree(votes):
+    """All answers are alike, so that each is as likely to win; this took half a minute once."""
+    names = range(1000 // votes)
+    answers = [name for name in names for _ in range(votes)]
+    right = len(names) // 4
+    curve = majority_at_k(answers, [answer < right for answer in answers], range(1, 1001))
+    np.testing.assert_allclose(curve, right / len(names), rtol=1e-11)
+
+
 def test_majority_of_as_many_samples_as_are_allowed():
     answers = ["right"] * 500 + ["wrong"] * 500
     curve = majority_at_k(answers, [answer == "right" for answer in answers], [1, 2, 500, 999, 1000])

@@ -18,6 +18,7 @@ of tokens, problems that were seen in training, or the choice of the best of man
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import roots_legendre, stdtr, stdtrit
 
 __all__ = [
     "Comparison",
@@ -196,7 +197,8 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: ArrayLike, k: int
             an answer. Such a sample does not vote, even if it was judged correct. If nobody in S votes, S
             counts as wrong. At most 1000 samples.
         correct: Whether each sample was judged correct: booleans (or 0 and 1), shape (n,).
-        k: Size of the subsets, from 1 to n; all sizes together take hardly longer than one.
+        k: Size of the subsets, from 1 to n; all sizes together take hardly longer than one: some milliseconds for 64
+            samples, up to a second for 1000.
 
     Returns:
         float64 in [0, 1], of the shape of `k`.
@@ -230,26 +232,33 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: ArrayLike, k: int
     except TypeError as error:
         raise ValueError(f"answers must be hashable or None: {error}") from None
     right = Counter(answer for answer, good in zip(answers, judged, strict=True) if good and answer is not None)
-    groups = [(count, right[answer] / count) for answer, count in voters.items()]
+    # Answers with as many votes and the same share of right ones are alike.
+    kinds = Counter((count, right[answer] / count) for answer, count in voters.items())
+    choose = {count: _binomials(count, count) for count in voters.values()}
 
-    # For each number of votes `top` that wins: subsets by how many answers tie (row) and their size (column),
-    # and, beside it, the same subsets weighted by the sum of q over the answers that tie.
+    # For each number of votes `top` that wins: an answer's subsets with fewer votes than top, by their size, are the
+    # coefficients of a polynomial B, those with top votes of a T. The product of all B + y T counts subsets with t
+    # answers that tie by y^t; for a tie to be broken fairly y^(t - 1) has to become 1 / t, its integral from 0 to 1.
+    # That of a polynomial in y is a sum over nodes, exact up to rounding, and none of its terms is negative.
     won = np.zeros(n + 1)
     for top in range(1, max(voters.values(), default=0) + 1):
-        contenders = [(count, share) for count, share in groups if count >= top]
-        others = n - sum(count for count, _ in contenders)
-        ways = np.zeros((2, min(len(contenders), n // top) + 1, n + 1))
-        ways[0, 0, : others + 1] = _binomials(others, others)
-        for count, share in contenders:
-            choose = _binomials(count, top)
-            grown = np.zeros_like(ways)
-            for votes in range(top):
-                grown[:, :, votes:] += choose[votes] * ways[:, :, : n + 1 - votes]
-            tied = choose[top] * ways[:, :-1, : n + 1 - top]
-            grown[0, 1:, top:] += tied[0]
-            grown[1, 1:, top:] += tied[1] + share * tied[0]
-            ways = grown
-        won += (ways[1, 1:] / np.arange(1, ways.shape[1])[:, None]).sum(axis=0)
+        contenders = [(count, share, alike) for (count, share), alike in kinds.items() if count >= top]
+        tied = min(sum(alike for _, _, alike in contenders), n // top)  # at most
+        nodes, weights = _unit_interval((tied + 1) // 2)
+        others = n - sum(count * alike for count, _, alike in contenders)
+        ways = np.tile(_binomials(others, others), (len(nodes), 1))
+        ways_won = np.zeros_like(ways)  # a share q of the subsets that an answer wins
+        for count, share, alike in contenders:
+            one = np.tile(choose[count][: top + 1], (len(nodes), 1))
+            one[:, top] *= nodes
+            rest = _power(one, alike - 1, n)
+            every = _product(rest, one, n)
+            winner = np.zeros((1, top + 1))
+            winner[0, top] = share * alike * choose[count][top]
+            gained = _product(_product(ways, rest, n), np.broadcast_to(winner, one.shape), n)
+            ways_won = _product(ways_won, every, n) + gained
+            ways = _product(ways, every, n)
+        won[: ways_won.shape[1]] += weights @ ways_won
     # Rounding must not give a probability above 1.
     return np.asarray(np.minimum(won / _binomials(n, n), 1.0)[size])[()]
 
@@ -533,6 +542,30 @@ def _problem_means(name: str, values: Values, low: float, high: float) -> Floats
 def _binomials(n: int, most: int) -> Floats:
     """C(n, j) for j = 0 ... most."""
     return np.asarray([math.comb(n, j) for j in range(most + 1)], dtype=np.float64)
+
+
+@functools.cache
+def _unit_interval(count: int) -> tuple[Floats, Floats]:
+    """Nodes and weights for integrals from 0 to 1: exact for polynomials of a degree below 2 count."""
+    nodes, weights = roots_legendre(count)
+    return (1 + nodes) / 2, weights / 2
+
+
+def _product(a: Floats, b: Floats, most: int) -> Floats:
+    """Products of polynomials, one a row, up to the power `most`."""
+    return np.stack([np.convolve(left, right)[: most + 1] for left, right in zip(a, b, strict=True)])
+
+
+def _power(a: Floats, exponent: int, most: int) -> Floats:
+    """A power of each polynomial, up to the power `most` of its variable."""
+    result = np.ones((len(a), 1))
+    while exponent:
+        if exponent % 2:
+            result = _product(result, a, most)
+        exponent //= 2
+        if exponent:
+            a = _product(a, a, most)
+    return result
 
 
 def _all_equal(x: Floats, scale: float) -> bool:
