@@ -228,6 +228,15 @@ def test_own_sandbox_is_used_and_left_open(tmp_path):
         assert sandbox.session().run("1 + 1").output.strip() == "2"
 
 
+def test_an_output_takes_a_part_of_an_answer_only(tmp_path):
+    require_backend("monty")
+    cell = "```python\nprint('x' * 100_000)\n```\n"
+    options = {"samples": 1, "sampling": Sampling(20_000), "tools": "fenced", "sandbox": "monty"}
+    quiet(Scripted({1: [[cell, boxed(42)]]}), [problem(1, "42")], tmp_path, **options)
+    shown = read_lines(tmp_path / "samples.jsonl")[0]["messages"][1]["content"]
+    assert 3500 < len(shown) < 4200
+
+
 # ---- arguments
 
 
