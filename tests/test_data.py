@@ -1476,6 +1476,22 @@ def test_show_source_takes_a_model_as_evaluation_does(tmp_path, tokenizer, kind)
     assert "\n" not in str(caught.value)
 
 
+def test_show_source_takes_a_gguf_file(tmp_path, tokenizer, monkeypatch):
+    from ctpo.train import generation
+
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return tokenizer
+
+    monkeypatch.setattr(generation, "find_spec", lambda name: name)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    assert "<|im_start|>user" in show_source("arithmetic?size=2", model=str(tmp_path / "small.gguf"))
+    assert asked == [(str(tmp_path), {"gguf_file": "small.gguf"})]
+
+
 def test_importing_the_module_imports_nothing_heavy():
     program = (
         "import sys, ctpo.train.data as data; data.load_problems('arithmetic?size=2')\n"

@@ -806,7 +806,8 @@ def show_source(
 
     Raises:
         DataError: As for `load_problems`, or the length leaves none.
-        ValueError: Another argument is not what it has to be.
+        ValueError: Another argument is not what it has to be, or there is no such model.
+        ImportError: A package that this kind of model needs is missing.
 
     Example:
         >>> print(show_source("arithmetic", rows=0))
