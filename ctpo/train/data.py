@@ -757,16 +757,6 @@ def _wrapped(text: str, width: int) -> list[str]:
     return found
 
 
-def _tokenizer(model: str) -> Any:
-    """That of a model, or of a directory that holds no more than a tokenizer."""
-    from ctpo.train import generation
-
-    directory = Path(model).expanduser()
-    alone = bool(model) and generation._has_tokenizer(directory)
-    source = generation._Source(model, str(directory)) if alone else generation._Source.find(model)
-    return generation._load_tokenizer(source)
-
-
 def show_source(
     source: str,
     *,
@@ -829,7 +819,9 @@ def show_source(
     notes = [f"Left out {_left_out(bad)}"] if bad else []
     tokenizer = None
     if model is not None:
-        tokenizer = _tokenizer(model)
+        from ctpo.train.generation import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
     if max_prompt_tokens is not None:
         problems, left_out = _filtered(problems, tokenizer, max_prompt_tokens)
         notes += [f"Left out {left_out}"] * bool(left_out)

@@ -29,6 +29,7 @@ __all__ = [
     "TransformersGenerator",
     "VllmGenerator",
     "load_model",
+    "load_tokenizer",
     "open_generator",
 ]
 
@@ -154,6 +155,30 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -
 
         model = PeftModel.from_pretrained(model, source.adapter)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model, without the model.
+
+    Args:
+        name: As for `load_model`, or a directory that holds no more than a tokenizer.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        ValueError: There is none; one line says where it was looked for.
+        ImportError: A package that this kind of model needs is missing.
+
+    Example:
+        >>> load_tokenizer("./nowhere")
+        Traceback (most recent call last):
+        ...
+        ValueError: model './nowhere': no such file or directory
+    """
+    directory = Path(name).expanduser()
+    alone = bool(str(name)) and _has_tokenizer(directory)
+    return _load_tokenizer(_Source(str(name), str(directory)) if alone else _Source.find(name))
 
 
 def open_generator(
