@@ -2,7 +2,8 @@
 
 The code sees a subset of Python. Values never cross to the host, where a small one could unfold without bound: the
 interpreter itself prints the last expression's value, and keeps it in `_`. The message of an exception that the code
-does not catch does cross, as a whole: it may take a few times `Limits.memory` of the host for a moment.
+does not catch does cross: for a moment it may take three times its size of the host's memory. That size is within
+`Limits.memory`, and within 256 MiB, where the pool ends the worker.
 
 The thread of the event loop serves all sessions: what takes time that grows with the code is done by the caller's.
 """
@@ -21,7 +22,7 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from ctpo.train._jail.notebook import Capture, capped
+from ctpo.train._jail.notebook import Capture
 from ctpo.train.sandbox import MOST_CODE, Limits, Reply, SandboxUnavailable, WorkerLost
 
 if TYPE_CHECKING:
@@ -283,8 +284,10 @@ class _Worker:
     def _shown(self, error: _Error) -> str:
         from pydantic_monty import MontySyntaxError
 
-        head = self._place(error) if isinstance(error, MontySyntaxError) else self._traceback(error)
-        return capped(head + error.display("type-msg"), self._limits.output)
+        capture = Capture(self._limits.output)
+        capture.write(self._place(error) if isinstance(error, MontySyntaxError) else self._traceback(error))
+        capture.write(error.display("type-msg"))
+        return capture.text()
 
     def _traceback(self, error: MontyRuntimeError) -> str:
         """As CPython prints it, with the code's own lines."""

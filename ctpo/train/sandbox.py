@@ -32,6 +32,16 @@ BackendName = Literal["bubblewrap", "monty"]
 MOST_CODE = 1_000_000
 """Longest code of one call, characters."""
 
+# What clocks, the kernel's limits and the messages of a worker can carry.
+_RANGES = {
+    "timeout": (0, 1_000_000),
+    "cpu": (1, 1_000_000_000),
+    "memory": (0, 1 << 48),
+    "tmp": (0, 1 << 48),
+    "files": (0, 1_000_000_000),
+    "output": (0, 100_000_000),
+}
+
 
 class SandboxUnavailable(RuntimeError):
     """No backend can isolate here; the message says why not and what to install."""
@@ -42,15 +52,16 @@ class Limits:
     """What a session may use.
 
     Args:
-        timeout: Wall-clock seconds of one call.
-        cpu: Seconds of processor time of a session, all calls together.
+        timeout: Wall-clock seconds of one call, at most a million.
+        cpu: Seconds of processor time of a session, all calls together, at least 1; bubblewrap rounds it up to whole
+            seconds, Monty counts wall-clock seconds.
         memory: Bytes that a session may allocate, NumPy and SymPy themselves not counted.
         tmp: Bytes in its /tmp, and of one file in it (bubblewrap).
         files: Files and directories in its /tmp (bubblewrap, where namespaces nest).
         output: Characters of output, and of an error, that a call returns; beginning and end of what is longer.
 
     Raises:
-        ValueError: A limit is not a positive number, or not an integer where it counts something.
+        ValueError: A limit is not a positive number, or not an integer where it counts something, or out of its range.
 
     Example:
         >>> Limits(timeout=5.0).memory // 2**20
@@ -69,7 +80,7 @@ class Limits:
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-            _check_positive(field.name, value)
+            _check_number(field.name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +151,8 @@ class Session:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the session in the thread that is in `run`
+        self._running = False
         self._held: list[Worker] = []  # the worker, if it has started
         self._closed = False
         self._finalizer = weakref.finalize(self, _close_held, self._held, os.getpid())
@@ -168,7 +180,7 @@ class Session:
             42
         """
         timeout = self._sandbox.limits.timeout if timeout is None else timeout
-        _check_positive("timeout", timeout)
+        _check_number("timeout", timeout)
         if not isinstance(code, str):
             raise ValueError(f"code must be a string, got {type(code).__name__}")
         start = time.monotonic()
@@ -176,34 +188,51 @@ class Session:
             error = f"The code is {len(code)} characters long; a call takes at most {MOST_CODE}."
             return RunResult("", error, False, 0.0, False)
         code = code.encode("utf-8", "backslashreplace").decode("utf-8")
+        if os.getpid() != self._sandbox._pid:
+            raise ValueError("run: the sandbox was opened in another process; open one in this process")
         with self._lock:
-            if self._closed or self._sandbox.closed:
-                raise ValueError("run: the session is closed")
-            if os.getpid() != self._sandbox._pid:
-                raise ValueError("run: the sandbox was opened in another process; open one in this process")
-            if not self._held:
-                self._held.append(self._sandbox._backend.start(timeout))
+            if self._running:
+                raise ValueError("run: this thread is in a call of this session, which a signal has interrupted")
+            self._running = True
             try:
-                output, error, timed_out = self._held[0].run(code, timeout)
-            except WorkerLost as lost:
-                self._held.pop().close()
-                if self._closed or self._sandbox.closed:
-                    raise ValueError("run: the session was closed during the call") from None
-                error = f"{lost} The variables of this session are lost; the next call starts afresh."
-                return RunResult(lost.output, error, lost.timed_out, time.monotonic() - start, True)
-            except BaseException:  # an interrupt: what the worker does is unknown
-                self._held.pop().close()
-                raise
+                return self._call(code, timeout, start)
+            finally:
+                self._running = False
+                if self._closed:  # meanwhile, by a signal handler, which could not wait
+                    self._finalizer()
+
+    def _call(self, code: str, timeout: float, start: float) -> RunResult:
+        self._check_open()
+        if not self._held:
+            self._held.append(self._sandbox._backend.start(timeout))
+        try:
+            self._check_open()  # again: a worker that has just started was not there to be killed
+            output, error, timed_out = self._held[0].run(code, timeout)
+        except WorkerLost as lost:
+            self._held.pop().close()
+            if self._closed or self._sandbox.closed:
+                raise ValueError("run: the session was closed during the call") from None
+            error = f"{lost} The variables of this session are lost; the next call starts afresh."
+            return RunResult(lost.output, error, lost.timed_out, time.monotonic() - start, True)
+        except BaseException:  # an interrupt: what the worker does is unknown
+            self._held.pop().close()
+            raise
         return RunResult(output, error, timed_out, time.monotonic() - start, False)
 
+    def _check_open(self) -> None:
+        if self._closed or self._sandbox.closed:
+            raise ValueError("run: the session is closed")
+
     def close(self) -> None:
-        """End the session, its worker, and a call that another thread waits for."""
+        """End the session, its worker, and a call that runs; in a forked process the session of the first goes on."""
         self._closed = True
-        if os.getpid() == self._sandbox._pid:
-            for worker in tuple(self._held):
-                worker.kill()
+        if os.getpid() != self._sandbox._pid:
+            return  # the lock may be held by a thread that a fork has not copied
+        for worker in tuple(self._held):
+            worker.kill()
         with self._lock:
-            self._finalizer()
+            if not self._running:
+                self._finalizer()
 
     def __enter__(self) -> Session:
         return self
@@ -260,9 +289,12 @@ def _close_held(held: list[Worker], pid: int) -> None:
         _close_in(held.pop(), pid)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+    least, most = _RANGES[name]
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {f'at least {least} and ' if least else ''}at most {most}, got {value!r}")
 
 
 def open_sandbox(backend: str = "auto", *, limits: Limits | None = None) -> Sandbox:
