@@ -152,6 +152,11 @@ def test_variables_live_from_call_to_call(session):
         ("5\n\n# five\n", "5\n"),
         ("'''a\nb'''", "'a\\nb'\n"),
         ("'''(;'''; 'ü'", "'ü'\n"),
+        ("match = 2\nmatch", "2\n"),
+        ("if False: 1\nelse: 2; 3", ""),
+        ("x = '\\\\'  # '\nx", "'\\\\'\n"),
+        ("7  # a\r\n", "7\n"),
+        ("(8 +\\\n 1)", "9\n"),
         ("", ""),
         ("__name__", "'__main__'\n"),
     ],
@@ -183,6 +188,12 @@ def test_traceback_has_the_frames_and_lines_of_the_code(session):
 def test_error_in_the_last_expression_is_at_its_place(session):
     error = error_of(session, "x = 0\n(x +\n    1 / x)")
     assert '  File "<cell 1>", line 3, in <module>\n    1 / x)\n    ~~^~~\n' in error
+
+
+def test_underscore_is_the_last_value(session):
+    shown(session, "5")
+    assert shown(session, "x = 3\nNone") == ""
+    assert shown(session, "_ + 1") == "6\n"
 
 
 def test_failed_call_keeps_what_it_did(session):
@@ -617,13 +628,41 @@ def test_bytes_may_be_written(jailed):
     assert shown(jailed, "import sys\n_ = sys.stdout.buffer.write('é\\n'.encode() + b'\\xff')") == "é\n\\xff"
 
 
+def test_standard_streams_are_as_programs_expect_them(jailed):
+    code = "import sys\nsys.stdout.reconfigure(encoding='utf-8', line_buffering=True)\nprint('ü')"
+    assert shown(jailed, code) == "ü\n"
+    assert shown(jailed, "sys.stdin.buffer.read(), sys.stdin.read(), list(sys.stdin)") == "(b'', '', [])\n"
+
+
+def test_files_and_folders_are_copied_with_what_belongs_to_them(either):
+    code = """
+import os, shutil
+os.makedirs("d/e")
+open("d/e/f", "w").write("x")
+os.utime("d/e/f", (5, 5))
+shutil.copy2("d/e/f", "g")
+shutil.copytree("d", "h")
+print(os.stat("g").st_mtime, os.stat("h/e/f").st_mtime, os.listdir("h"))
+"""
+    assert shown(either, code) == "5.0 5.0 ['e']\n"
+    assert "Operation not supported" in error_of(either, "os.setxattr('g', 'user.x', b'1')")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import multiprocessing\nmultiprocessing.Pool(2)", "ImportError: This platform lacks a functioning sem_open"),
+        ("import multiprocessing\nmultiprocessing.Queue()", "ImportError: This platform lacks a functioning sem_open"),
+        ("import concurrent.futures as c\nc.ProcessPoolExecutor(2)", "NotImplementedError: This Python build lacks"),
+        ("import multiprocessing\nmultiprocessing.Process(target=print).start()", "PermissionError"),
+    ],
+)
+def test_error_of_several_processes_can_be_understood(jailed, code, error):
+    assert error_of(jailed, code).splitlines()[-1].startswith(error)
+
+
 def test_input_ends_at_once(jailed):
     assert error_of(jailed, "input()").endswith("EOFError: EOF when reading a line")
-
-
-def test_underscore_is_the_last_value(jailed):
-    shown(jailed, "6 * 7")
-    assert shown(jailed, "_ + 1") == "43\n"
 
 
 def test_chained_errors_show_no_frame_of_the_worker(jailed):
@@ -702,14 +741,122 @@ def test_system_refuses(lasting, code, error):
     assert shown(lasting, "1 + 1") == "2\n"
 
 
-def test_number_of_files_is_limited():
+def test_number_of_files_is_limited(either):
+    error = error_of(either, "for i in range(100): open(f'/tmp/{i}', 'w').close()\n")
+    assert f"No space left on device: '/tmp/{LIMITS.files}'" in error
+
+
+def test_devices_can_be_used_but_not_changed(either):
+    shown(either, "import os\nopen('/dev/null', 'w').write('x')\nos.write(os.open('/dev/null', os.O_RDWR), b'x')")
+    assert shown(either, "open('/dev/zero', 'rb').read(2), len(os.urandom(3))") == "(b'\\x00\\x00', 3)\n"
+    for device in ("null", "zero", "full", "random", "urandom"):
+        before = os.stat(f"/dev/{device}")
+        for change in ("os.utime({})", "os.utime({}, (0, 0))", "os.chmod({}, 0o666)"):
+            error = error_of(either, change.format(repr(f"/dev/{device}")))
+            assert re.search("Read-only file system|Operation not permitted", error)
+        assert "Read-only file system" in error_of(either, f"os.utime('/dev/{device}')")
+        assert os.stat(f"/dev/{device}").st_ctime_ns == before.st_ctime_ns
+
+
+def test_flags_of_open_files_are_not_shared(bubblewrap):
+    with bubblewrap.session() as first, bubblewrap.session() as second:
+        flags = "import fcntl, os\n[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK for fd in (0, 1, 2)]"
+        shown(first, "import os\nfor fd in (0, 1, 2): os.set_blocking(fd, False)")
+        assert shown(first, flags) == f"{[os.O_NONBLOCK] * 3}\n"
+        assert shown(second, flags) == "[0, 0, 0]\n"
+        with bubblewrap.session() as later:
+            assert shown(later, flags) == "[0, 0, 0]\n"
+
+
+def test_limits_of_the_process_as_the_kernel_has_them(lasting):
+    shown(lasting, "x = 1")
+    pid = worker_pid(lasting)
+    limits = {
+        line[:26].strip(): line[26:].split()[:2]
+        for line in pathlib.Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    }
+    exact = {
+        "Max cpu time": round(LIMITS.cpu),
+        "Max file size": LIMITS.tmp,
+        "Max processes": 0,
+        "Max open files": 64,
+        "Max core file size": 0,
+        "Max stack size": 8 << 20,
+        "Max locked memory": 0,
+        "Max msgqueue size": 0,
+        "Max nice priority": 0,
+        "Max realtime priority": 0,
+    }
+    for name, value in exact.items():
+        assert limits[name] == [str(value)] * 2, name
+    soft, hard = limits["Max address space"]
+    size = int(re.search(r"VmSize:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) << 10  # type: ignore[index]
+    assert soft == hard
+    assert LIMITS.memory < int(soft) < size + LIMITS.memory + (16 << 20)
+    # What cannot be dumped belongs to root, whoever runs it, and only root can look into it.
+    assert os.stat(f"/proc/{pid}/mem").st_uid == 0
+    if os.geteuid() != 0:
+        with pytest.raises(PermissionError):
+            os.listdir(f"/proc/{pid}/fd")
+
+
+@pytest.mark.parametrize(
+    "place", ["lib/python3/dist-packages", "lib/site-packages", "lib/own tool/lib/py/site-packages"]
+)
+def test_other_packages_of_the_interpreter_are_not_there(monkeypatch, tmp_path, place):
+    """Where the permitted ones lie in the folders of the system themselves; this one is under /tmp, with a space."""
     require_backend("bubblewrap")
-    with open_sandbox("bubblewrap", limits=LIMITS) as opened, opened.session() as session:
-        error = error_of(session, "for i in range(100): open(f'/tmp/{i}', 'w').close()\n")
-        assert f"No space left on device: '/tmp/{LIMITS.files}'" in error
+    from ctpo.train import _bubblewrap
+
+    library = tmp_path / "a b" / place
+    for name in ("permitted", "secret"):
+        (library / name).mkdir(parents=True)
+        (library / name / "__init__.py").write_text(f"value = {name!r}")
+    (library / "secret.txt").write_text("secret")
+    monkeypatch.setattr(sys, "path", [str(library), *sys.path])
+    monkeypatch.setattr(_bubblewrap, "_PACKAGES", (*_bubblewrap._PACKAGES, "permitted"))
+    paths = _bubblewrap._system_paths
+    monkeypatch.setattr(_bubblewrap, "_system_paths", lambda: [*paths(), str(tmp_path / "a b" / "lib")])
+    for nested in (True, False):
+        backend = _bubblewrap.Bubblewrap(LIMITS, nested=nested)
+        with Sandbox("bubblewrap", backend, LIMITS) as opened, opened.session() as session:
+            assert shown(session, "import permitted\npermitted.value") == "'permitted'\n"
+            assert shown(session, f"import os\nos.listdir({str(library)!r})") == "['permitted']\n"
+            assert "No module named 'secret'" in error_of(session, "import secret")
+            assert "No such file" in error_of(session, f"open({str(library / 'secret.txt')!r})")
+            assert "Read-only file system" in error_of(session, f"open({str(library / 'new')!r}, 'w')")
+
+
+def test_folders_of_packages_have_no_others(lasting):
+    """Of this interpreter, and of the system's."""
+    code = """
+import glob, os
+for top in ("/usr/lib*", "/usr/local/lib*", os.path.dirname(os.path.dirname(os.__file__))):
+    for folder in glob.glob(f"{top}/*/*-packages"):
+        found = {name.split(".")[0] for name in os.listdir(folder)}
+        if found - {"numpy", "scipy", "sympy", "mpmath", "gmpy2"}:
+            print(folder, found)
+"""
+    assert shown(lasting, code) == ""
 
 
 # The filter of system calls.
+
+# Whatever their arguments are; whoever adds one has asked what it gives to a hostile program.
+PERMITTED = """
+    access alarm arch_prctl brk chdir chmod clock_getres clock_gettime clock_nanosleep close close_range
+    copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait
+    eventfd eventfd2 exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fdatasync
+    fstat fstatfs fsync ftruncate futex getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups
+    getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit
+    getrusage getsid getsockname gettid gettimeofday getuid link linkat lseek lstat madvise mincore mkdir
+    mkdirat mmap mprotect mremap msync munmap nanosleep newfstatat open openat pause pipe pipe2 poll ppoll
+    pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2 read readlink readlinkat readv rename renameat
+    renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend
+    rt_sigtimedwait sched_getaffinity sched_yield select sendfile set_robust_list set_tid_address setitimer
+    shutdown sigaltstack stat statfs statx symlink symlinkat sysinfo time times truncate umask uname unlink
+    unlinkat utime utimensat utimes write writev
+"""
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -771,11 +918,20 @@ def test_filter_decides_as_it_should(machine):
     assert verdict(call["read"], arch=0x40000003) == 0x80000000  # i386
     if machine == "x86_64":
         assert verdict(0x40000000) == verdict(0x40000000 + 41) == 0x80000000
-    assert all(
-        number is None or verdict(number) == allow
-        for row in seccomp._CALLS.values()
-        for number in (row[machine == "aarch64"],)
-    )
+    getsockopt, setxattr = {"x86_64": (55, 188), "aarch64": (209, 5)}[machine]
+    for option in range(100):
+        allowed = option in (3, 4, 7, 8, 38, 39)
+        assert verdict(getsockopt, 3, 1, option) == (allow if allowed else denied), option
+        assert verdict(getsockopt, 3, 0, option) == verdict(getsockopt, 3, 6, option) == denied
+    for number in range(setxattr, setxattr + 12):
+        assert verdict(number) == 0x50000 | errno.ENOTSUP
+    kinds = {number: verdict(number, *[2**32 - 1] * 6) for number in range(600)}
+    permitted = {row[machine == "aarch64"] for name, row in seccomp._CALLS.items() if name in PERMITTED.split()}
+    assert {number for number, kind in kinds.items() if kind == allow} == permitted - {None}
+
+
+def test_permitted_calls_are_these():
+    assert sorted(seccomp._CALLS) == sorted(PERMITTED.split())
 
 
 def test_filter_says_which_architectures_it_knows():
@@ -795,9 +951,22 @@ def test_numbers_of_system_calls_are_those_of_the_kernel():
     for column, numbers in tables:
         for name, row in seccomp._CALLS.items():
             assert numbers.get(name) == row[column] or name not in numbers, name
-        for name in ("ioctl", "fcntl", "kill", "tgkill", "prlimit64", "socketpair", "sendto", "recvfrom", "clone3"):
+        for name in (
+            "ioctl",
+            "fcntl",
+            "kill",
+            "tgkill",
+            "prlimit64",
+            "socketpair",
+            "sendto",
+            "recvfrom",
+            "clone3",
+            "getsockopt",
+        ):
             row = getattr(seccomp, f"_{name.removesuffix('64').upper()}")
             assert numbers[name] == row[column], name
+        kinds = [f"{link}{verb}xattr" for verb in ("set", "get", "list", "remove") for link in ("", "l", "f")]
+        assert [numbers[kind] for kind in kinds] == list(seccomp._XATTR[column])
 
 
 # Opening and closing.
@@ -862,12 +1031,149 @@ def test_closed_session_ends_its_call_and_its_process(either):
 
     thread = threading.Thread(target=call)
     thread.start()
-    while not either._lock.locked():
+    while not either._running:
         threading.Event().wait(0.01)
     either.close()
     thread.join(LONG)
     assert len(failures) == 1
     await_none_of({pid})
+
+
+@every_backend
+def test_session_closed_while_its_worker_starts_ends_its_call(backend):
+    require_backend(backend)
+    with open_sandbox(backend, limits=LIMITS) as opened:
+        session = opened.session()
+        start = opened._backend.start
+
+        def start_and_close(timeout: float) -> Any:
+            worker = start(timeout)
+            closing = threading.Thread(target=session.close)
+            closing.start()
+            while not session._closed:
+                threading.Event().wait(0.01)
+            closers.append(closing)
+            return worker
+
+        closers: list[threading.Thread] = []
+        opened._backend.start = start_and_close  # type: ignore[method-assign]
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="closed"):
+            session.run("while True: pass", timeout=LONG)
+        closers[0].join(LONG)
+        assert not closers[0].is_alive()
+        assert time.monotonic() - begin < LONG / 2
+
+
+CLOSED_BY_A_SIGNAL = """
+import signal, sys, threading, time
+from ctpo.train.sandbox import open_sandbox
+opened = open_sandbox(sys.argv[1])
+session = opened.session()
+session.run("1")
+def close(*_):
+    try:
+        session.run("1")
+    except ValueError as error:
+        print(error)
+    (session if sys.argv[2] == "session" else opened).close()
+signal.signal(signal.SIGALRM, close)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    session.run("while True: pass", timeout=50)
+except ValueError as error:
+    print(error)
+opened.close()
+"""
+
+
+@every_backend
+@pytest.mark.parametrize("what", ["session", "sandbox"])
+def test_signal_handler_may_close_what_it_interrupts(backend, what):
+    require_backend(backend)
+    command = [sys.executable, "-c", CLOSED_BY_A_SIGNAL, backend, what]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=LONG / 1.5)
+    first, second = done.stdout.splitlines()
+    assert first == "run: this thread is in a call of this session, which a signal has interrupted"
+    assert second == "run: the session was closed during the call"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.003, 0.01, 0.03])
+def test_monty_closed_during_starts_says_so(delay):
+    require_backend("monty")
+    opened = open_sandbox("monty", limits=LIMITS)
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            opened.session().run("while True: pass", timeout=LONG)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    threading.Event().wait(delay)
+    opened.close()
+    for thread in threads:
+        thread.join(LONG)
+    assert [type(error) for error in errors] == [ValueError] * 6
+    assert all("closed" in str(error) for error in errors)
+
+
+@every_backend
+def test_code_that_is_slow_to_read_holds_up_no_other_session(backend):
+    """Python's own tokenizer takes time as the square of such code."""
+    require_backend(backend)
+    with open_sandbox(backend, limits=LIMITS) as opened, opened.session() as session, opened.session() as other:
+        shown(session, "1")
+        shown(other, "1")
+        threads = [
+            threading.Thread(
+                target=session.run, args=(f"x = {piece * (400_000 // len(piece))}",), kwargs={"timeout": 1.0}
+            )
+            for piece in ("'\\", '"', "(", "-", "[1,")
+        ]
+        for thread in threads:
+            thread.start()
+        longest = 0.0
+        while any(thread.is_alive() for thread in threads):
+            longest = max(longest, other.run("1 + 1").duration)
+        assert longest < 10.0
+
+
+@given(code=st.text(alphabet="'\"\\\n\r;#()x \ufeff=", max_size=40))
+def test_search_for_the_last_statement_finds_a_place_or_none(code):
+    from ctpo.train._monty import _last_statement
+
+    place = _last_statement(code)
+    if place is not None:
+        line, offset = place
+        assert len(re.split(r"\r\n|\r|\n", code[:offset])) == line
+        assert not code[offset].isspace()
+
+
+@pytest.mark.parametrize("piece", ["'\\", '"', "q\\", '"""a', "(", ";", " \\\n", "\n", "x", "#"])
+def test_search_for_the_last_statement_takes_no_longer_than_reading(piece):
+    """Of a megabyte; where the time grows as the square it is hours."""
+    from ctpo.train._monty import _last_statement
+
+    begin = time.monotonic()
+    _last_statement("x = " + piece.replace("q", 3 * "'") * (1_000_000 // len(piece)))
+    assert time.monotonic() - begin < LONG / 3
+
+
+def test_monty_traceback_of_long_lines_is_bounded():
+    """A thousand frames, each in a line of its own among many or very long."""
+    require_backend("monty")
+    with open_sandbox("monty", limits=LIMITS) as opened, opened.session() as session:
+        for code in (
+            "\n" * 500_000 + "def f(n):\n    return f(n + 1)",
+            "def f(n): return f(n + 1)  # " + "x" * 50_000,
+        ):
+            result = session.run(f"{code}\nf(0)")
+            assert result.error.endswith("RecursionError: maximum recursion depth exceeded"), result.error[-200:]
+            assert len(result.error) < LIMITS.output + 100
 
 
 def test_what_is_forgotten_is_closed():
@@ -885,6 +1191,61 @@ def test_what_is_forgotten_is_closed():
     del opened
     gc.collect()
     await_none_of(started)
+
+
+def test_session_that_is_collected_while_its_worker_is_killed(monkeypatch):
+    """By chance, wherever memory is allocated: in the thread that closes the sandbox."""
+    require_backend("bubblewrap")
+    from ctpo.train import _bubblewrap
+
+    opened = open_sandbox("bubblewrap", limits=LIMITS)
+    session = opened.session()
+    shown(session, "x = 1")
+    pid = worker_pid(session)
+    worker = session._held[0]
+    session.me = session  # type: ignore[attr-defined]  # only the collector will find it
+    del session
+    kill, calls = _bubblewrap._kill, []
+
+    def collecting(process: int) -> None:
+        if process == worker._process:  # type: ignore[attr-defined]
+            calls.append(gc.collect())
+        kill(process)
+
+    monkeypatch.setattr(_bubblewrap, "_kill", collecting)
+    thread = threading.Thread(target=opened.close, daemon=True)
+    thread.start()
+    thread.join(LONG)
+    assert calls
+    assert not thread.is_alive()
+    await_none_of({pid})
+
+
+def test_descriptors_of_any_number_are_closed():
+    """A host with many open files gives the jail a connection of a high number."""
+    program = """
+import os, resource, sys
+from ctpo.train._jail.worker import _close_all_but
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (70001, hard if hard == resource.RLIM_INFINITY else max(hard, 70001)))
+except (ValueError, OSError):
+    sys.exit(f"no descriptor above {hard}")
+numbers = [10, 11, 12, 65535, 65536, 69999, 70000]
+for number in numbers:
+    os.dup2(0, number)
+_close_all_but(11)
+for number in range(3, 70001):
+    try:
+        os.fstat(number)
+        print(number)
+    except OSError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    if done.stderr.startswith("no descriptor"):
+        pytest.skip(done.stderr)
+    assert (done.stdout, done.stderr) == ("11\n", "")
 
 
 HOST = """
@@ -979,14 +1340,19 @@ def test_worker_outlives_the_thread_that_started_it(bubblewrap):
         assert shown(session, "x") == "1\n"
 
 
-def test_forked_process_neither_uses_nor_ends_the_sandbox(tmp_path):
-    require_backend("bubblewrap")
-    program = """
-import os
+@every_backend
+def test_forked_process_neither_uses_nor_ends_the_sandbox(backend):
+    require_backend(backend)
+    program = f"""
+import os, threading
 from ctpo.train.sandbox import open_sandbox
-opened = open_sandbox("bubblewrap")
-session = opened.session()
+opened = open_sandbox({backend!r})
+session, busy = opened.session(), opened.session()
 session.run("x = 1")
+thread = threading.Thread(target=busy.run, args=("while True: pass", 2.0))
+thread.start()
+while not busy._running:
+    pass
 child = os.fork()
 if child == 0:
     try:
@@ -994,13 +1360,37 @@ if child == 0:
     except ValueError as error:
         print(error, flush=True)
     session.close()
+    busy.close()
     opened.close()
     os._exit(0)
 os.waitpid(child, 0)
 print(session.run("x").output, end="")
+thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=LONG)
     assert done.stdout == "run: the sandbox was opened in another process; open one in this process\n1\n"
+
+
+def test_monty_in_a_process_forked_from_one_that_used_it_says_what_to_do():
+    require_backend("monty")
+    program = """
+import os, time
+from ctpo.train.sandbox import SandboxUnavailable, open_sandbox
+open_sandbox("monty").close()
+child = os.fork()
+if child == 0:
+    begin = time.monotonic()
+    try:
+        open_sandbox("monty")
+    except SandboxUnavailable as error:
+        print("spawn" in str(error), time.monotonic() - begin < 20, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=2 * LONG)
+    assert done.stdout == "True True\n"
 
 
 # No isolation, no run.
@@ -1050,6 +1440,28 @@ def test_trial_notices_an_open_door(monkeypatch):
         open_sandbox("bubblewrap")
 
 
+def test_slower_form_is_told_and_why(monkeypatch, caplog):
+    require_backend("bubblewrap")
+    from ctpo.train import _bubblewrap
+
+    attempt = _bubblewrap.Bubblewrap._try
+
+    def refused(self):
+        if self._form.nested:
+            raise SandboxUnavailable("unshare: Operation not permitted")
+        attempt(self)
+
+    with open_sandbox("bubblewrap", limits=LIMITS):
+        assert caplog.messages == []
+    monkeypatch.setattr(_bubblewrap.Bubblewrap, "_try", refused)
+    with open_sandbox("bubblewrap", limits=LIMITS) as opened, opened.session() as session:
+        assert shown(session, "1 + 1") == "2\n"
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("ctpo.train.sandbox", "WARNING")
+    assert "jail of its own" in record.getMessage()
+    assert "unshare: Operation not permitted" in record.getMessage()
+
+
 def test_auto_takes_monty_where_bubblewrap_is_missing(monkeypatch, tmp_path):
     require_backend("monty")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -1073,6 +1485,12 @@ def test_auto_takes_bubblewrap_where_it_works():
         (lambda: Limits(timeout=float("nan")), "timeout must be a positive number, got nan"),
         (lambda: Limits(memory=1e9), "memory must be a positive integer, got 1000000000.0"),
         (lambda: Limits(output=True), "output must be a positive integer, got True"),
+        (lambda: Limits(timeout=1e12), "timeout must be at most 1000000, got 1000000000000.0"),
+        (lambda: Limits(cpu=0.01), "cpu must be at least 1 and at most 1000000000, got 0.01"),
+        (lambda: Limits(memory=1 << 60), f"memory must be at most {1 << 48}, got {1 << 60}"),
+        (lambda: Limits(tmp=10**400), f"tmp must be at most {1 << 48}, got {10**400}"),
+        (lambda: Limits(files=10**10), "files must be at most 1000000000, got 10000000000"),
+        (lambda: Limits(output=10**9), "output must be at most 100000000, got 1000000000"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -1086,6 +1504,16 @@ def test_bad_arguments_of_a_call_are_named(session):
     for timeout in (0, -1.0, float("inf"), "1", True):
         with pytest.raises(ValueError, match="timeout must be a positive number"):
             session.run("1", timeout=timeout)
+    with pytest.raises(ValueError, match=r"^timeout must be at most 1000000, got 1000000000000\.0$"):
+        session.run("1", timeout=1e12)
+
+
+@every_backend
+def test_largest_limits_work(backend):
+    require_backend(backend)
+    limits = Limits(1e6, 1e9, 1 << 48, 1 << 48, 10**9, 10**8)
+    with open_sandbox(backend, limits=limits) as opened, opened.session() as session:
+        assert shown(session, "1 + 1") == "2\n"
 
 
 def test_names_are_public():

@@ -53,6 +53,7 @@ OF_JAILS = [
     "daemon",
     "any_folder",
     "system_folders",
+    "device_times",
     "own_executable",
     "setns",
     "unshare_user",

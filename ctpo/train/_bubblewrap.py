@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import select
@@ -28,10 +29,13 @@ from typing import Any
 
 from ctpo.train.sandbox import Limits, Reply, SandboxUnavailable, WorkerLost
 
+_log = logging.getLogger("ctpo.train.sandbox")
+
 _GRACE = 1.0  # seconds between TimeoutError in the code and the end of its worker
 _START = 60.0  # seconds to start a jail: the first import of NumPy and SymPy from a cold disk
 _NOBODY = 65534
 _PACKAGES = ("numpy", "scipy", "sympy", "mpmath", "gmpy2")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _INSTALL = "install bubblewrap (apt install bubblewrap, dnf install bubblewrap)"
 
 # What the trial runs; it prints nothing where every door is shut.
@@ -91,6 +95,12 @@ class Bubblewrap:
             self._form = form
             try:
                 self._try()
+                if nested is None and not form.nested:
+                    _log.warning(
+                        "bubblewrap: every session gets a jail of its own, and starts later for it, as a common one "
+                        "does not work: %s",
+                        "; ".join(reasons),
+                    )
                 return
             except SandboxUnavailable as reason:
                 self._end()
@@ -463,7 +473,7 @@ def _command(config: dict[str, Any]) -> list[str]:
     """The interpreter, isolated from the user's site-packages; packages come by their own path."""
     inside = [place.rpartition("/")[0] for _, place in _packages()]
     under_tmp = [path for path in _system_paths() if path.startswith("/tmp/") and os.path.isdir(path)]
-    config = {**config, "path": list(dict.fromkeys(inside)), "under_tmp": under_tmp}
+    config = {**config, "path": list(dict.fromkeys(inside)), "under_tmp": under_tmp, "devices": _DEVICES}
     flags = ["-I", "-S", "-B", "-X", "utf8"]
     return [str(_interpreter()), *flags, "-c", _WORKER, json.dumps(config)]
 
@@ -477,7 +487,9 @@ def _arguments(form: _Form, limits: Limits, info: int) -> list[str]:
         # To become nobody, and to be allowed the signal that ends a session with its parent.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             arguments += ["--cap-add", capability]
-    else:
+    if not form.nested:  # for what bubblewrap cannot mount; the parent drops it before it forks the session
+        arguments += ["--cap-add", "CAP_SYS_ADMIN"]
+    if not form.as_root:
         arguments += ["--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
     arguments += ["--clearenv", "--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"]
     if form.nested:
@@ -485,18 +497,23 @@ def _arguments(form: _Form, limits: Limits, info: int) -> list[str]:
         arguments += ["--proc", "/proc", "--dir", "/tmp", "--dir", f"{_HERE}/tmp"]
     else:
         arguments += ["--dir", "/proc", "--size", str(limits.tmp), "--perms", "1777", "--tmpfs", "/tmp"]
-    binds = [("--dev-bind", f"/dev/{name}", f"/dev/{name}") for name in ("null", "zero", "full", "random", "urandom")]
+    binds: list[tuple[str, ...]] = [("--dev-bind", device, device) for device in _DEVICES]
     for path in _system_paths():
         binds.append(("--symlink", os.readlink(path), path) if os.path.islink(path) else ("--ro-bind", path, path))
+    covers = _covers()
+    # In the order in which they are mounted, and what is in one of them after it.
+    binds += [("--tmpfs", cover) for cover in covers]
     binds += [("--ro-bind", package, place) for package, place in _packages()]
     binds.append(("--ro-bind", str(Path(__file__).resolve().parent / "_jail"), f"{_HERE}/_jail"))
     # Bubblewrap would make parents that only their owner can enter.
-    parents = {str(parent) for _, _, place in binds for parent in Path(place).parents} - {"/", "/tmp"}
+    parents = {str(parent) for *_, place in binds for parent in Path(place).parents} - {"/", "/tmp"}
     for parent in sorted(parents):
         arguments += ["--dir", parent]
     for bind in binds:
         arguments += bind
-    return [*arguments, "--remount-ro", "/", "--chdir", "/", "--"]
+    for cover in (*covers, "/"):
+        arguments += ["--remount-ro", cover]
+    return [*arguments, "--chdir", "/", "--"]
 
 
 def _interpreter() -> Path:
@@ -521,6 +538,23 @@ def _system_paths() -> list[str]:
     }
     folders.add(str(_interpreter()))
     return links + [p for p in sorted(folders) if not any(p.startswith(other + "/") for other in folders)]
+
+
+def _covers() -> list[str]:
+    """Folders of packages in what is shown of the system; empty inside, but for those of `_packages`."""
+    shown = [Path(path) for path in _system_paths() if os.path.isdir(path)]
+    found = {
+        place.resolve()
+        for folder in shown
+        for name in ("site-packages", "dist-packages")
+        for pattern in (name, f"*/{name}")
+        for place in folder.glob(pattern)
+        if place.is_dir()
+    }
+    for package, place in _packages():  # an environment somewhere below, as of a program that brings its own
+        if package == place and Path(package).parent.name in ("site-packages", "dist-packages"):
+            found.add(Path(package).parent)
+    return sorted(str(place) for place in found if any(place.is_relative_to(folder) for folder in shown))
 
 
 def _packages() -> list[tuple[str, str]]:

@@ -86,6 +86,9 @@ class _Stream(io.TextIOBase):
         self._notebook.capture.write(text)
         return len(text)
 
+    def reconfigure(self, **_: object) -> None:
+        """Another encoding, errors or buffering would make no difference."""
+
     def close(self) -> None:
         pass
 
@@ -130,7 +133,7 @@ class Notebook:
         self._cells += 1
         name = f"<cell {self._cells}>"
         self.capture, self._late = Capture(self._limit), False
-        sys.stdin = io.StringIO()
+        sys.stdin = io.TextIOWrapper(io.BytesIO(), "utf-8")
         sys.stdout = sys.__stdout__ = self._streams[0]  # type: ignore[assignment,misc]
         sys.stderr = sys.__stderr__ = self._streams[1]  # type: ignore[assignment,misc]
         # An entry without a time of modification is one that linecache does not look for on disk.

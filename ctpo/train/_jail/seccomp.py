@@ -85,7 +85,6 @@ _CALLS: dict[str, tuple[int, int | None]] = {
     "shutdown": (48, 210),
     "getsockname": (51, 204),
     "getpeername": (52, 205),
-    "getsockopt": (55, 209),
     "epoll_create": (213, None),
     "epoll_wait": (232, None),
     "epoll_ctl": (233, 21),
@@ -159,11 +158,17 @@ _CALLS: dict[str, tuple[int, int | None]] = {
 # Calls that are let through for some values of an argument; see `program`.
 _IOCTL, _FCNTL, _KILL, _TGKILL, _PRLIMIT = (16, 29), (72, 25), (62, 129), (234, 131), (302, 261)
 _SOCKETPAIR, _SENDTO, _RECVFROM, _CLONE3 = (53, 199), (44, 206), (45, 207), (435, 435)
+_GETSOCKOPT = (55, 209)
+# Extended attributes are said not to be there: functions that copy files go on without them. The twelve calls have
+# numbers in a row, from setxattr to fremovexattr.
+_XATTR = (range(188, 200), range(5, 17))
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: no locks, which files of the host would
 # take too.
 _FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)
-_AF_UNIX, _MSG_OOB = 1, 1
+# SO_TYPE, SO_ERROR, SO_SNDBUF, SO_RCVBUF, SO_PROTOCOL, SO_DOMAIN: not who is at the other end (SO_PEERPIDFD).
+_OPTIONS = (3, 4, 7, 8, 38, 39)
+_AF_UNIX, _MSG_OOB, _SOL_SOCKET = 1, 1, 1
 
 # Column of the table, AUDIT_ARCH, the least number that belongs to another ABI (x32).
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 0x40000000), "aarch64": (1, 0xC00000B7, None)}
@@ -194,6 +199,16 @@ def program(pid: int, machine: str | None = None) -> bytes:
         code += [(_AT_LEAST, 0, 1, foreign), (_RETURN, 0, 0, _KILL_PROCESS)]
     # glibc asks for clone3 first and for clone, which is denied, where there is none.
     code += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    for number in _XATTR[column]:
+        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.ENOTSUP)]
+    # At the level of any other protocol the numbers of the options have other meanings.
+    code += [
+        (_EQUAL, 0, 3, _GETSOCKOPT[column]),
+        (_LOAD, 0, 0, _ARGUMENTS + 8),
+        (_EQUAL, 1, 0, _SOL_SOCKET),
+        (_RETURN, 0, 0, denied),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
     # The kernel reads these arguments as 32 bits: the low half, which comes first on both architectures.
     for call, argument, allowed in (
         (_IOCTL, 1, _IOCTLS),
@@ -202,6 +217,7 @@ def program(pid: int, machine: str | None = None) -> bytes:
         (_TGKILL, 0, (pid,)),
         (_PRLIMIT, 0, (0, pid)),
         (_SOCKETPAIR, 0, (_AF_UNIX,)),
+        (_GETSOCKOPT, 2, _OPTIONS),
     ):
         block = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
         for value in allowed:
@@ -217,9 +233,9 @@ def program(pid: int, machine: str | None = None) -> bytes:
         ]
         code += [(_EQUAL, 0, len(block), call[column]), *block]
     for numbers in _CALLS.values():
-        number = numbers[column]
-        if number is not None:
-            code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
+        permitted = numbers[column]
+        if permitted is not None:
+            code += [(_EQUAL, 0, 1, permitted), (_RETURN, 0, 0, _ALLOW)]
     code += [(_RETURN, 0, 0, denied)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 

@@ -31,9 +31,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # <linux/sched.h>, <sys/mount.h>, <linux/prctl.h>
 _NEW_NAMESPACES = 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE, _MS_REC = 1, 2, 4, 8, 1 << 12, 1 << 13, 1 << 14
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
+_MS_BIND, _MS_MOVE, _MS_REC = 1 << 12, 1 << 13, 1 << 14
+_NOTHING = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+# Flags of a mount as statvfs tells them, and as mount takes them: nosuid, noexec, noatime, nodiratime, relatime.
+_KEPT = {2: _MS_NOSUID, 8: _MS_NOEXEC, 1024: 1 << 10, 2048: 1 << 11, 4096: 1 << 21}
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 4, 24, 38, 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_PR_CAP_AMBIENT_CLEAR_ALL, _CAP_SYS_ADMIN = 4, 21
 _CAPABILITY_VERSION_3 = 0x20080522
 _CLOSE_RANGE = 436  # the same on all architectures
 
@@ -67,12 +71,17 @@ def main() -> None:
         except ImportError:
             if name.partition(".")[0] not in ("numpy", "mpmath", "sympy"):
                 raise
+    with contextlib.suppress(ImportError, AttributeError):
+        # There are no semaphores by name either. Without the class Python says what does not work here, and why.
+        del importlib.import_module("_multiprocessing").SemLock
     os.environ.clear()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         # For libraries that a session loads: SciPy's own BLAS, refused a thread, would raise KeyboardInterrupt.
         _check(_libc.setenv(name.encode(), b"1", 1), "setenv")
     _close_all_but(control.fileno())
     _reopen_standard()
+    if not config["nested"]:
+        _finish_mounts(config)
     control.set_inheritable(False)
     gc.collect()
     gc.freeze()
@@ -190,18 +199,47 @@ def _enter_namespaces(config: dict[str, Any]) -> None:
             file.write(content)
     # Bubblewrap's first process waits for all others. Set here: a change of credentials, as above, undoes it.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    nothing = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    inodes = config["files"] + 1
-    for path in config["under_tmp"]:
-        inodes += path.count("/") - 1
+    _make_devices_read_only(config)
     staging = config["here"] + "/tmp"
-    _mount("tmpfs", staging, "tmpfs", nothing, f"size={config['tmp']},nr_inodes={inodes},mode=1777")
+    _mount("tmpfs", staging, "tmpfs", _NOTHING, f"{_room(config)},mode=1777")
     for path in config["under_tmp"]:  # an interpreter that lies in /tmp stays there
         place = staging + path.removeprefix("/tmp")
         os.makedirs(place)
         _mount(path, place, "", _MS_BIND | _MS_REC, "")
     _mount(staging, "/tmp", "", _MS_MOVE, "")
-    _mount("tmpfs", "/proc", "tmpfs", nothing | _MS_RDONLY, "size=4k,nr_inodes=1,mode=555")
+    _mount("tmpfs", "/proc", "tmpfs", _NOTHING | _MS_RDONLY, "size=4k,nr_inodes=1,mode=555")
+
+
+def _finish_mounts(config: dict[str, Any]) -> None:
+    """Where sessions have no mounts of their own: what bubblewrap has no option for, then never again."""
+    _make_devices_read_only(config)
+    _mount("tmpfs", "/tmp", "tmpfs", _MS_REMOUNT | _NOTHING, _room(config))
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; the same of capabilities above 31
+    _check(_libc.capget(header, sets), "capget")
+    low, high = struct.unpack("3I3I", sets.raw)[:3], struct.unpack("3I3I", sets.raw)[3:]
+    low = tuple(bits & ~(1 << _CAP_SYS_ADMIN) for bits in low)
+    _check(_libc.capset(header, struct.pack("6I", *low, *high)), "capset")
+
+
+def _make_devices_read_only(config: dict[str, Any]) -> None:
+    """They can be written to all the same; their times, which are the host's, cannot."""
+    for device in config["devices"]:
+        _mount("", device, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _flags(device), "")
+
+
+def _flags(path: str) -> int:
+    """Those of the mount, which must stay."""
+    given = os.statvfs(path).f_flag
+    return sum(flag for bit, flag in _KEPT.items() if given & bit)
+
+
+def _room(config: dict[str, Any]) -> str:
+    """Options of /tmp, in which an interpreter that lies in the host's /tmp has its place too."""
+    inodes = config["files"] + 1
+    for path in config["under_tmp"]:
+        inodes += path.count("/") - 1
+    return f"size={config['tmp']},nr_inodes={inodes}"
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
