@@ -57,7 +57,7 @@ class Limits:
             seconds, Monty counts wall-clock seconds.
         memory: Bytes that a session may allocate, NumPy and SymPy themselves not counted.
         tmp: Bytes in its /tmp, and of one file in it (bubblewrap).
-        files: Files and directories in its /tmp (bubblewrap, where namespaces nest).
+        files: Files and directories in its /tmp (bubblewrap).
         output: Characters of output, and of an error, that a call returns; beginning and end of what is longer.
 
     Raises:
