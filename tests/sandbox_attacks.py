@@ -862,17 +862,17 @@ _add(
     "reads by processes of multiprocessing",
     """
 import multiprocessing
-def work(queue):
+def work(pipe):
     try:
-        queue.put(open("$canary").read())
+        pipe.send(open("$canary").read())
     except OSError as error:
-        queue.put(f"contained: {error.strerror}")
+        pipe.send(f"contained: {error.strerror}")
 context = multiprocessing.get_context("fork")
-queue = context.SimpleQueue()
-process = context.Process(target=work, args=(queue,))
+ours, theirs = context.Pipe()  # a queue would need a semaphore first
+process = context.Process(target=work, args=(theirs,))
 process.start()
 process.join()
-print(queue.get())
+print(ours.recv())
 """,
     contained=f"{SAID}|{DENIED}",
     control=True,
