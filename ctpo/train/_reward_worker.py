@@ -124,8 +124,8 @@ def harmless(name: str) -> bool:
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}\\]*)\}")
 _WRAPPED = (re.compile(r"\$([^$]*)\$"), re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL), _TEXT)
 _LETTERS = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
-# At the end of a whole answer: a full stop, a line break of LaTeX, but not an ellipsis and not \right. of \left\{.
-_END = re.compile(r"(?:\s|(?<!\\right)(?<!\.)[.](?!\.)|[,;:]|\\\\|\\[ ,;:])+\Z")
+# What ends a sentence or a line of LaTeX at the end of a whole answer; an ellipsis is part of the answer.
+_END = re.compile(r"(?:\s|(?<!\.)[.](?!\.)|[,;:]|\\\\|\\[ ,;:])+\Z")
 _THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:(?:\\[,;:! ]|\{,\}|~|\s)\d{3})+)(\.\d+)?", re.ASCII)
 _EXPONENT = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
 
