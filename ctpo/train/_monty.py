@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _INSTALL = 'pip install "pydantic-monty>=1.4,<1.5"'
 _START, _GRACE, _END = 60.0, 1.0, 10.0
+_SETTLE = 0.2  # after a call was cut off: a thread of Monty aborts the process if Python ends while it tells so
 _MOST_WORKERS = 4096
 _LONGEST_LINE = 300
 _VALUE = "_last_value_"
@@ -80,6 +81,7 @@ class MontyPool:
         _used_by = os.getpid()
         self._limits = limits
         self._closed = False
+        self.cut_off = -math.inf  # when a call was, last
         self._lock = threading.RLock()  # a signal handler, or the garbage collector, may close what this thread opens
         self._whole: set[asyncio.Task[Any]] = set()  # starts and ends; like the next, for the thread of the loop only
         self._sessions: set[AsyncMontySession] = set()
@@ -195,6 +197,7 @@ class MontyPool:
             await asyncio.gather(*map(self._return, tuple(self._sessions)), return_exceptions=True)
             if hasattr(self, "_pool"):
                 await self._pool.__aexit__(None, None, None)
+            await asyncio.sleep(self.cut_off + _SETTLE - time.monotonic())
         finally:
             self._loop.stop()
 
@@ -264,7 +267,11 @@ class _Worker:
         return sources
 
     async def _run(self, sources: list[tuple[str, int, int]], capture: Capture, timeout: float) -> _Error | None:
-        return await asyncio.wait_for(self._cell(sources, capture), timeout)
+        try:
+            return await asyncio.wait_for(self._cell(sources, capture), timeout)
+        except (TimeoutError, asyncio.CancelledError):
+            self._pool.cut_off = time.monotonic()
+            raise
 
     async def _cell(self, sources: list[tuple[str, int, int]], capture: Capture) -> _Error | None:
         from pydantic_monty import MontyRuntimeError, MontySyntaxError
