@@ -487,3 +487,15 @@ def test_auto_takes_vllm_only_where_it_can_be_used(vllm, directory, adapter, mon
     assert isinstance(open_generator(tiny_chat_model()), TransformersGenerator)
     with pytest.raises(ValueError, match=r"vLLM takes a Hub name or the directory of a whole model"):
         open_generator(adapter[0], backend="vllm")
+
+
+@pytest.mark.parametrize("device", ["nowhere", "xpu"])
+def test_a_device_that_is_not_there_is_named(directory, device):
+    with pytest.raises(ValueError, match=f"^device '{device}': ") as raised:
+        load_model(directory, device=device)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gguf_file_is_never_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match=r"model 'nofile\.gguf': no such file"):
+        load_model("nofile.gguf")

@@ -124,7 +124,9 @@ def open_gym(rest: str, split: str | None, source: str) -> Source:
 
 def _gym_rows(task: str, options: Mapping[str, str], source: str) -> Generator[tuple[int, Any]]:
     """Entries from a process in which sets of text have one order: some tasks depend on it."""
-    program = "from ctpo.train._made_problems import write_gym; write_gym()"
+    # Ctrl-C is for the process that asks: this one just ends.
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    program += "from ctpo.train._made_problems import write_gym; write_gym()"
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "ignore", "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:

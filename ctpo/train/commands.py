@@ -72,7 +72,7 @@ def _sandbox(options: argparse.Namespace) -> str:
         found = backends()
         options.status = 0 if "" in found.values() else 1
         return "\n".join(f"{name:12}{reason or 'works'}" for name, reason in found.items())
-    shown = []
+    shown: list[str] = []
     try:
         with open_sandbox(options.backend, limits=Limits(timeout=options.timeout)) as sandbox:
             session = sandbox.session()
@@ -248,7 +248,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        nargs="+",
+        nargs="*",
         help="parquet or JSON lines file, data set directory, hub:ORG/NAME[@SPLIT], reasoning-gym:TASK?size=100, "
         "arithmetic?difficulty=2&size=100",
     )
@@ -331,6 +331,8 @@ def _directories(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
+    if not options.data:
+        raise ValueError("DATA is missing: a file, a directory, hub:NAME, reasoning-gym:TASK or arithmetic")
     if options.output is None:
         raise ValueError("--output is missing: the directory where the samples and the results are kept")
     template = None

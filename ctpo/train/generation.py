@@ -143,6 +143,7 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -
         device = "cpu" if accelerator is None else accelerator.type
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype must be 'auto' or the name of a torch dtype such as 'bfloat16', got {dtype!r}")
+    _check_device(device)
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     source = _Source.find(name)
@@ -155,6 +156,15 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -
 
         model = PeftModel.from_pretrained(model, source.adapter)
     return model.to(device).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it, it is not there, or no device
+        raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -462,7 +472,8 @@ class _Source:
         if path.is_dir():
             return cls._in_directory(text, path)
         parts = text.split("/")
-        if isinstance(name, Path) or len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        here = isinstance(name, Path) or path.suffix.lower() == ".gguf" or parts[0] in (".", "..", "~")
+        if here or len(parts) > 2 or not all(parts):  # the Hub has no such names
             raise ValueError(f"model '{text}': no such file or directory")
         return cls(text, text)
 
