@@ -348,6 +348,19 @@ def test_other_settings_are_refused(tmp_path):
     assert anew["settings"]["model"]["fingerprint"] != found["settings"]["model"]["fingerprint"]
 
 
+def test_an_evaluation_that_drew_nothing_binds_nobody(tmp_path):
+    class Broken(Scripted):
+        def generate(self, *_):
+            raise RuntimeError("no memory at all")
+
+    problems = [problem(1, "1")]
+    with pytest.raises(RuntimeError, match="no memory at all"):
+        quiet(Broken({}), problems, tmp_path, samples=2)
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["samples"] == 2
+    found = quiet(Scripted({1: [boxed(1)]}), problems, tmp_path, samples=1)
+    assert found["settings"]["samples"] == 1
+
+
 def test_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     import huggingface_hub
 

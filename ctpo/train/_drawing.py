@@ -152,6 +152,8 @@ def draw_all(
     rows = files.read_samples(chunks)
     if rows:
         note(f"going on after {len(rows)} of {total} samples in {files.path}")
+    else:
+        note(f"drawing {total} samples into {files.path}")
     with _Progress(total, rows, note) as bar:
         try:
             for number in range(rows[-1]["chunk"] + 1 if rows else 0, len(chunks)):

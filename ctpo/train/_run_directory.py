@@ -111,6 +111,12 @@ class RunDirectory:
         return found
 
     @property
+    def has_samples(self) -> bool:
+        """Whether any are kept, be they finished chunks or not."""
+        samples = self.path / SAMPLES
+        return samples.exists() and samples.stat().st_size > 0
+
+    @property
     def results(self) -> dict[str, Any] | None:
         """The results, where the evaluation is finished."""
         return read_json(self.path / RESULTS) if (self.path / RESULTS).exists() else None

@@ -179,7 +179,7 @@ def evaluate(
             "device": device,
         }
         record = {"settings": plain(settings), "versions": versions(), "machine": machine()}
-        begun = None if overwrite else files.settings
+        begun = files.settings if files.has_samples and not overwrite else None
         if begun is not None:
             refuse_others(files.path, begun["settings"], record["settings"])
             if files.results is not None:
