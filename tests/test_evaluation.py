@@ -819,6 +819,7 @@ def test_ctrl_c_on_the_command_line(tmp_path):
     command += ["--batch-size", "4", "--rewards", "format", "--output", "run"]
     with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stderr.readline() == "drawing 320 samples into run\n"
             assert "4 of 320 samples" in process.stderr.readline()
             process.send_signal(signal.SIGINT)
             rest = process.stderr.read()
