@@ -35,6 +35,8 @@ report: .venv/simulations.installed
 bench: .venv/test.installed
 	$(RUN) -m benchmarks
 	$(RUN) -m benchmarks.losses
+	$(RUN) -m benchmarks.sandbox
+	$(RUN) -m benchmarks.intervals
 
 ## The losses beside those of verl, in its environment.
 bench-verl: .venv-verl/installed
