@@ -1313,7 +1313,7 @@ def test_the_real_trainer_takes_the_function():
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_training_goes_on_with_rewards_that_fail(functions, tmp_path):
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     module = functions("import os\ndef f(response, id):\n    return 1.0 if id == '1' else os._exit(1)")
     peer = trl_harness.trainer()
@@ -1321,20 +1321,7 @@ def test_training_goes_on_with_rewards_that_fail(functions, tmp_path):
         trainer = GRPOTrainer(
             trl_harness.tiny_model().float(),
             reward_funcs=rewards.as_trl(),
-            args=GRPOConfig(
-                output_dir=str(tmp_path),
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                activation_checkpointing=False,
-                max_completion_length=4,
-                num_generations=2,
-                per_device_train_batch_size=4,
-                max_steps=2,
-                logging_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
+            args=trl_harness.config_on_cpu(tmp_path, max_completion_length=4, max_steps=2, disable_tqdm=True),
             train_dataset=Dataset.from_dict(
                 {"prompt": ["a", "b"] * 4, "id": ["1", "2"] * 4, "ground_truth": ["1"] * 8}
             ),

@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sandbox_backends import sandbox_fixture
 from tiny_models import tiny_chat_model, tiny_tokenizer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_template
+from trl_harness import config_on_cpu
 
 from ctpo.train.generation import Sampling, TransformersGenerator
 from ctpo.train.tools import NO_OUTPUT, PythonTool, Rollout, ToolError, _first_block, rollouts, tool_format
@@ -1011,20 +1012,7 @@ def trainer(tmp_path, monkeypatch):
 
     def made(scripts, sandbox, **options):
         model, tokenizer = tiny_chat_model()
-        config = GRPOConfig(
-            output_dir=str(tmp_path),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=1000,
-            learning_rate=1e-3,
-            save_strategy="no",
-            logging_steps=1,
-            **options,
-        )
+        config = config_on_cpu(tmp_path, max_completion_length=1000, learning_rate=1e-3, **options)
         trainer = GRPOTrainer(
             model,
             reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -37,32 +37,35 @@ def tiny_tokenizer(template: Literal["qwen3", "plain"] = "qwen3") -> PreTrainedT
     )
 
 
+def random_qwen3(*, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Qwen3ForCausalLM:
+    """A model of one layer; the same for the same `seed`, whatever was drawn before."""
+    config = Qwen3Config(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, bos_token_id=None, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).to(dtype)
+        for parameter in model.parameters():
+            # Far from the flat distribution of a fresh model.
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
 def tiny_chat_model(
     template: Literal["qwen3", "plain"] = "qwen3", *, seed: int = 0
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """A random model and its tokenizer; the same for the same `seed`, whatever was drawn before."""
     tokenizer = tiny_tokenizer(template)
-    config = Qwen3Config(
+    model = random_qwen3(
+        seed=seed,
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).eval()
-        for parameter in model.parameters():
-            # Far from the flat distribution of a fresh model.
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def save_tiny_chat_model(

@@ -11,14 +11,16 @@ import functools
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from tiny_models import random_qwen3
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 VOCABULARY = ("<pad>", "<eos>", *"abcdefgh")
@@ -34,26 +36,29 @@ class Result(NamedTuple):
 
 def tiny_model() -> Qwen3ForCausalLM:
     """The same float64 model at every call."""
-    config = Qwen3Config(
+    return random_qwen3(
+        dtype=torch.float64,
         vocab_size=len(VOCABULARY),
         hidden_size=8,
         intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=4,
         max_position_embeddings=64,
         pad_token_id=0,
-        bos_token_id=None,
         eos_token_id=1,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config).double()
-        for parameter in model.parameters():
-            # Far from the flat distribution of a fresh model.
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
+
+
+def config_on_cpu(directory: str | Path, **options: Any) -> GRPOConfig:
+    """A configuration for a tiny model, which reports to nobody."""
+    defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
+    return GRPOConfig(
+        output_dir=str(directory),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        **defaults | options,
+    )
 
 
 @functools.cache
@@ -64,15 +69,8 @@ def trainer(**options: Any) -> GRPOTrainer:
         pad_token="<pad>",
         eos_token="<eos>",
     )
-    defaults = {"max_completion_length": 16, "num_generations": 2, "per_device_train_batch_size": 2}
-    config = GRPOConfig(
-        output_dir=tempfile.gettempdir(),  # nothing is saved
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        **defaults | options,
-    )
+    defaults = {"max_completion_length": 16, "per_device_train_batch_size": 2}
+    config = config_on_cpu(tempfile.gettempdir(), **defaults | options)  # nothing is saved
     made = GRPOTrainer(
         tiny_model(),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
