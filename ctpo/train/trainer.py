@@ -1,0 +1,241 @@
+"""`CTPOTrainer`: TRL's `GRPOTrainer` with the estimators of `ctpo`.
+
+The loss is delegated, not copied. TRL computes log-probabilities, aggregation, tool masks, the divergence from a
+reference model, the correction for vLLM, entropy terms and metrics; between its scoring of a micro-batch and its loss,
+the estimator is put in. TRL's token-level loss of a ratio exp(logp - old) and a window then is the estimator's:
+
+- "bounds": old = logp - log-ratio at the estimator's level, and a window for every token;
+- "coefficients": old = logp - log of the coefficient, and no window;
+- "trl": nothing, where the estimator is one of TRL's own losses.
+
+Old log-probabilities are computed by the call that the update will make: same micro-batches, dtype and kernels. So the
+ratios of the first update after a rollout are exactly 1, and what differs later is the policy and numerical noise, of
+which a share is measured at every rollout.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from ctpo.estimators import Evaluation
+from ctpo.train.config import CTPOConfig
+from ctpo.train.sandbox import Limits, Sandbox, open_sandbox
+
+__all__ = ["CTPOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+# Above this log-ratio a ratio's square overflows in float32; what is beyond a limit only has to stay beyond it.
+_LARGEST = 40.0
+
+
+class _ScoredError(Exception):
+    """Ends TRL's loss once the log-probabilities are there."""
+
+    def __init__(self, logp: torch.Tensor) -> None:
+        super().__init__()
+        self.logp = logp
+
+
+class CTPOTrainer(GRPOTrainer):
+    r"""TRL's `GRPOTrainer` whose loss is that of an estimator of `ctpo`.
+
+    The gradient is that of `ctpo.policy_loss` with the estimator and aggregation of `args`, TRL's denominators and,
+    where they are switched on, TRL's further terms. For an estimator that is a loss of TRL the steps are TRL's own,
+    bit for bit.
+
+    Args:
+        model: As for `GRPOTrainer`; the other arguments that are not named here, too.
+        reward_funcs: See there. With `args.python_tool` a completion is a list of messages, and a column
+            `rollout_answer` holds what the model wrote after the last output of the tool.
+        args: The settings; `CTPOConfig` of an output directory named after the model by default.
+        sandbox: Where the tool runs; the trainer opens one if `args.python_tool` asks for it. Yours stays open.
+        **others: See `GRPOTrainer`.
+
+    Raises:
+        ValueError: `args` is not a `CTPOConfig`, or an argument does not go with `args.python_tool`.
+        SandboxUnavailable: No backend of the sandbox works here.
+
+    Assumptions:
+        Those of the estimator, see `ctpo.estimators` and `CTPOConfig.cautions`.
+
+    References:
+        arXiv:2605.07331; TRL 1.16, GRPOTrainer.
+
+    Example:
+        docs/trainer.md has one that needs no download.
+
+        >>> trainer = CTPOTrainer("Qwen/Qwen3-0.6B", reward_funcs=[reward], train_dataset=data)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _name = "CTPO"
+    _tag_names = ["trl", "ctpo"]
+    args: CTPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: CTPOConfig | None = None,
+        *positional: Any,
+        sandbox: Sandbox | None = None,
+        **others: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = CTPOConfig(f"{str(name).rstrip('/').rpartition('/')[2] or 'model'}-CTPO")
+        if not isinstance(args, CTPOConfig):
+            raise ValueError(f"args must be a CTPOConfig, got {type(args).__name__}")
+        self._pending: Callable[[torch.Tensor], None] | None = None
+        self._skip_next_scoring = False
+        self._rewards: torch.Tensor | None = None
+        self._estimator = args.built_estimator
+        self._route = args.route
+        if args.python_tool != "none":
+            given = [name for name in ("tools", "environment_factory", "rollout_func") if others.get(name) is not None]
+            if given:
+                raise ValueError(f"{given[0]} must be None with python_tool={args.python_tool!r}, which has its own")
+            if sandbox is None:
+                sandbox = open_sandbox(
+                    args.python_sandbox, limits=Limits(timeout=args.python_timeout, output=args.python_output)
+                )
+            others["rollout_func"] = self._roll_out
+        self.sandbox = sandbox
+        with warnings.catch_warnings():
+            # Chosen here on purpose; the range of TRL's versions is pinned.
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            super().__init__(model, reward_funcs, args, *positional, **others)
+        for caution in args.cautions():
+            logger.warning(caution)
+
+    # ------------------------------------------------------------------------------------------------------- the loss
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **options: Any) -> Any:
+        if self._skip_next_scoring:
+            # TRL's old log-probabilities: in other micro-batches than the update's. `_score_old` computes them.
+            self._skip_next_scoring = False
+            ids, kept = args[0], args[2]
+            return torch.zeros(len(ids), kept, device=ids.device), None, None
+        found = super()._get_per_token_logps_and_entropies(model, *args, **options)
+        if self._pending is not None:
+            self._pending(found[0])
+        return found
+
+    def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        inputs = dict(inputs)
+        kept = self.epsilon_low, self.epsilon_high, self.args.delta
+        try:
+            with self._after_scoring(lambda logp: self._put_in(inputs, logp.detach())):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self.epsilon_low, self.epsilon_high, self.args.delta = kept
+
+    @contextmanager
+    def _after_scoring(self, action: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Do something with the log-probabilities of the next scoring, before the one who asked for them goes on."""
+
+        def once(logp: torch.Tensor) -> None:
+            self._pending = None
+            action(logp)
+
+        self._pending = once
+        try:
+            yield
+        finally:
+            self._pending = None
+
+    @torch.no_grad()
+    def _put_in(self, inputs: Batch, logp: torch.Tensor) -> None:
+        """Put the estimator into the inputs and settings from which TRL makes its loss."""
+        old = inputs.get("old_per_token_logps")
+        old = logp if old is None else old
+        advantages, mask = inputs["advantages"], _policy_mask(inputs)
+        found = self._estimator.evaluate(logp, old, advantages, mask, validate=False)
+        if self.model.training:
+            self._record(inputs, found, logp, old, mask)
+        if self._route == "trl":
+            return
+        # What TRL compares with a threshold of its own is the policy that sampled.
+        inputs.setdefault("sampling_per_token_logps", old)
+        self.args.delta = None
+        if self._route == "coefficients":
+            weight = found.coefficients.weight
+            inputs["old_per_token_logps"] = logp - weight.abs().log()
+            inputs["advantages"] = found.advantages * weight.sign().where(weight != 0, 1.0)
+            self.epsilon_low = self.epsilon_high = torch.inf
+            return
+        estimator, clip = self._estimator, self._estimator.clip
+        assert clip is not None
+        limit = estimator.max_log_ratio or _LARGEST
+        low, high, dual = clip.bounds(found.position)  # type: ignore[union-attr]
+        cap = torch.full_like(high, limit) if dual is None else dual.clamp(max=limit)
+        inputs["old_per_token_logps"] = logp - found.log_ratio.clamp(-2 * _LARGEST, limit + 1.0)
+        self.epsilon_low, self.epsilon_high = -torch.expm1(low), torch.expm1(high.clamp(max=limit))
+        self.args.delta = cap.exp()
+
+    def _record(
+        self, inputs: Batch, found: Evaluation, logp: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """Keep what metrics and traces need of a micro-batch."""
+
+    # ------------------------------------------------------------------------------------ old log-probabilities, noise
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        training = self.model.training
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        self._skip_next_scoring = training and self.args.needs_old_logps and not corrected
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self._skip_next_scoring = False
+        return batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        self._score_old()
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _score_old(self) -> None:
+        """Old log-probabilities of a new rollout batch, each micro-batch as its update will score it."""
+        for batch in self._buffered_inputs:
+            if "old_per_token_logps" in batch:
+                batch["old_per_token_logps"] = self._scored(batch)
+
+    @torch.no_grad()
+    def _scored(self, batch: Batch) -> torch.Tensor:
+        """Log-probabilities of a micro-batch by the very call that the update makes."""
+
+        def stop(logp: torch.Tensor) -> None:
+            raise _ScoredError(logp)
+
+        try:
+            with self.compute_loss_context_manager(), self._after_scoring(stop):
+                super()._compute_loss(self.model, batch)
+        except _ScoredError as scored:
+            return scored.logp
+        raise AssertionError("TRL's loss asked for no log-probabilities")
+
+    # ------------------------------------------------------------------------------------------------------- rollouts
+
+    def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+
+def _policy_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """True at the tokens that the policy chose, shape (B, T)."""
+    mask = inputs["completion_mask"]
+    return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
