@@ -23,7 +23,8 @@ def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:16], "big")
 
 
-def _whole(options: Mapping[str, str], name: str, default: int, least: int, most: int | None, source: str) -> int:
+def whole(options: Mapping[str, str], name: str, default: int, least: int, most: int | None, source: str) -> int:
+    """The value of an option that is a whole number."""
     text = options.get(name, str(default))
     value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
     if value < least or (most is not None and value > most):
@@ -38,13 +39,13 @@ def _whole(options: Mapping[str, str], name: str, default: int, least: int, most
 def open_arithmetic(options: str, split: str | None, source: str) -> Source:
     """Whole numbers added, subtracted and multiplied; `options` is what follows the question mark."""
     given = query(options, ("difficulty", "size", "seed", "split"), source)
-    difficulty = _whole(given, "difficulty", 1, 1, 10, source)
+    difficulty = whole(given, "difficulty", 1, 1, 10, source)
     chosen = agreed(given.get("split"), split, source) or "train"
     if chosen not in ("train", "test"):
         raise DataError(f"split is {short(chosen)}, allowed are 'train' and 'test'", source)
     most = _how_many(difficulty, chosen)
-    size = _whole(given, "size", min(256, most), 1, most, source)
-    seed = _whole(given, "seed", 0, 0, None, source)
+    size = whole(given, "size", min(256, most), 1, most, source)
+    seed = whole(given, "seed", 0, 0, None, source)
     return Source(source, "arithmetic", _arithmetic_rows(difficulty, size, seed, chosen), made=True)
 
 
@@ -118,7 +119,7 @@ def open_gym(rest: str, split: str | None, source: str) -> Source:
     if split is not None:
         raise DataError(f"has no splits, but split is {split!r}; take another seed, further away than the size", source)
     given = query(options, None, source)
-    given["seed"] = str(_whole(given, "seed", 0, 0, None, source))
+    given["seed"] = str(whole(given, "seed", 0, 0, None, source))
     return Source(source, task, _gym_rows(task, given, source), made=True)
 
 

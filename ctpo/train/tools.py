@@ -176,6 +176,8 @@ class Rollout:
         out_of_rounds: The model asked for another call after the last round; it was not run, and the rollout ended.
         answer: What is scored: the text that the model wrote after the last output of the tool, without its thoughts
             and without white space around it. "" where a thought was never closed, also one that the prompt opened.
+        logps: By token of the completion: the log-probability with which it was sampled, in nats; 0 where the model
+            did not choose, None where the generator had none. None altogether without a `LogpGenerator`.
     """
 
     prompt_ids: list[int]
@@ -187,6 +189,7 @@ class Rollout:
     truncated: bool
     out_of_rounds: bool
     answer: str
+    logps: list[float | None] | None = None
 
 
 def rollouts(
@@ -194,12 +197,13 @@ def rollouts(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     *,
     sampling: Sampling,
-    tools: Tools = "auto",
+    tools: Tools | ToolFormat = "auto",
     sandbox: Sandbox | None = None,
     max_rounds: int = 8,
     seed: int = 0,
     max_open: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    all_gather: Callable[[Any], list[Any]] | None = None,
 ) -> list[Rollout]:
     """Sample one answer to every prompt, running the calls that the model makes on the way.
 
@@ -213,7 +217,8 @@ def rollouts(
         prompts: Conversations, lists of messages {"role", "content"}. Repeat one to get several answers.
         sampling: How tokens are drawn. `max_tokens` bounds the whole completion, outputs of the tool included, as
             `max_completion_length` does in TRL.
-        tools: "none", "calls", "fenced", or "auto": "calls" where the template has them, else "fenced".
+        tools: "none", "calls", "fenced", or "auto": "calls" where the template has them, else "fenced". Or what
+            `tool_format` has returned for these, for many calls of this function.
         sandbox: Where the calls run; needed unless `tools` is "none".
         max_rounds: Most turns with calls; one turn of form "calls" may hold several.
         seed: Of all samples, at least 0.
@@ -221,6 +226,10 @@ def rollouts(
             default 256, and fewer where the system's limit of open files (`ulimit -n`) has no room for so many; without
             tools all. Up to so many prompts, samples do not depend on it.
         chat_template_kwargs: Further variables of the chat template, as in {"enable_thinking": False}.
+        all_gather: For several processes with one generator that all must call together, as often and with as many
+            prompts (weights in shards, one server for all). Takes a value of this process and returns those of all, in
+            the same order everywhere. A process that has fewer rollouts left than another then asks for samples that
+            nobody needs.
 
     Returns:
         Rollouts in the order of the prompts.
@@ -254,15 +263,21 @@ def rollouts(
     _check_prompts(prompts)
     if sandbox is not None and not callable(getattr(sandbox, "session", None)):
         raise ValueError(f"sandbox must be what ctpo.train.sandbox.open_sandbox returns, got {sandbox!r}")
-    if tools != "none" and sandbox is None:
-        raise ValueError(f"sandbox is needed to run the calls of tools={tools!r}; see ctpo.train.sandbox.open_sandbox")
-    form = tool_format(
-        generator.tokenizer,
-        tools,
-        backend="" if sandbox is None else sandbox.backend,
-        eos_token_ids=generator.eos_token_ids,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    named = tools.name if isinstance(tools, ToolFormat) else tools
+    if named != "none" and sandbox is None:
+        raise ValueError(f"sandbox is needed to run the calls of tools={named!r}; see ctpo.train.sandbox.open_sandbox")
+    if isinstance(tools, ToolFormat):
+        if chat_template_kwargs is not None:
+            raise ValueError(f"chat_template_kwargs are those of the given ToolFormat, got {chat_template_kwargs!r}")
+        form = tools
+    else:
+        form = tool_format(
+            generator.tokenizer,
+            tools,
+            backend="" if sandbox is None else sandbox.backend,
+            eos_token_ids=generator.eos_token_ids,
+            chat_template_kwargs=chat_template_kwargs,
+        )
     states = []
     for i, prompt in enumerate(prompts):
         ids = form.prompt_ids(prompt)
@@ -276,17 +291,26 @@ def rollouts(
     waiting, active, turn = deque(states), list[_State](), 0
     try:
         with ThreadPoolExecutor() as pool:
-            while active or waiting:
+            while True:
                 while waiting and len(active) < max_open:
                     active.append(waiting.popleft())
+                alike: dict[tuple[str, ...], list[_State]] = {}
                 for state in active:
                     state.stop = form._stop(state)
-                for place, stop in enumerate(sorted({state.stop for state in active})):
-                    alike = [state for state in active if state.stop == stop]
-                    options = replace(sampling, stop=(*sampling.stop, *stop))
-                    _continue(generator, alike, options, np.random.SeedSequence(seed, spawn_key=(turn, place)))
+                    alike.setdefault(state.stop, []).append(state)
+                # What all processes ask for together.
+                asked = {stop: _Request.of(group, generator.context) for stop, group in alike.items()}
+                asked = _Request.joined([asked] if all_gather is None else all_gather(asked))
+                if not asked:
+                    break
+                for place, (stop, request) in enumerate(sorted(asked.items())):
+                    group = alike.get(stop, [])
+                    idle = _spare_rows(states, request, generator.context)[: request.rows - len(group)]
+                    options = replace(sampling, max_tokens=request.tokens, stop=(*sampling.stop, *stop))
+                    chosen = np.random.SeedSequence(seed, spawn_key=(turn, place))
+                    _continue(generator, group, idle, options, int(chosen.generate_state(1)[0]))
                 for state in active:
-                    state.pending = form._read(state)
+                    state.pending = [] if state.cut else form._read(state)
                     if state.pending and state.rounds == max_rounds:
                         state.pending, state.done, state.out_of_rounds = [], True, True
                 calling = [state for state in active if state.pending]
@@ -416,18 +440,55 @@ class _State:
         )
 
 
-def _continue(generator: Generator, active: list[_State], sampling: Sampling, seed: np.random.SeedSequence) -> None:
-    room = max(state.room for state in active)
-    sampled = generator.generate(
-        [state.prompt_ids + state.completion for state in active],
-        replace(sampling, max_tokens=room),
-        int(seed.generate_state(1)[0]),
-    )
-    for state, ids in zip(active, sampled, strict=True):
-        ids = ids[: state.room]
-        state.fresh = len(ids)
-        state.completion += ids
-        state.sampled += [True] * len(ids)
+@dataclass(frozen=True)
+class _Request:
+    """What a process needs of a call of the generator, or all of them together."""
+
+    rows: int
+    tokens: int
+    most: int | None
+    """Tokens for which the longest row leaves room in the model's context."""
+
+    @classmethod
+    def of(cls, group: Sequence[_State], context: int | None) -> _Request:
+        most = None if context is None else context - max(len(state.row) for state in group)
+        return cls(len(group), max(state.room for state in group), most)
+
+    @staticmethod
+    def joined(asked: Sequence[Mapping[tuple[str, ...], _Request]]) -> dict[tuple[str, ...], _Request]:
+        """One call for all processes, by stop strings."""
+        found = {}
+        for stop in {stop for one in asked for stop in one}:
+            requests = [one[stop] for one in asked if stop in one]
+            tokens = max(request.tokens for request in requests)
+            most = min((request.most for request in requests if request.most is not None), default=None)
+            # Some servers refuse a request that could leave the context, where others would end at it.
+            tokens = tokens if most is None else min(tokens, most)
+            found[stop] = _Request(max(request.rows for request in requests), tokens, most)
+        return found
+
+
+def _spare_rows(states: Sequence[_State], request: _Request, context: int | None) -> list[list[int]]:
+    """Rows to complete the call of a process with, whose samples nobody needs."""
+    # After all that a finished rollout says but for its end, the model most probably ends it at once, and a server
+    # that keeps what it has computed for former calls has it all. Any row will do.
+    ended = (state.row[:-1] for state in states if state.done and state._ended)
+    rows = sorted(ended, key=len) + sorted((state.prompt_ids for state in states), key=len)[:1] + [[0]]
+    longest = float("inf") if context is None else context - request.tokens
+    return [next(row for row in rows if len(row) <= longest)] * request.rows
+
+
+def _continue(
+    generator: Generator, active: list[_State], idle: list[list[int]], sampling: Sampling, seed: int
+) -> None:
+    rows = [state.row for state in active] + idle
+    logps: Sequence[list[float | None] | None] | None = None
+    if isinstance(generator, LogpGenerator):
+        sampled, logps = generator.generate_with_logps(rows, sampling, seed)
+    else:
+        sampled = generator.generate(rows, sampling, seed)
+    for place, state in enumerate(active):
+        state.extend(sampled[place], None if logps is None else logps[place], most=sampling.max_tokens)
 
 
 def _answer(tool: PythonTool, call: _Call) -> _Answer:

@@ -16,10 +16,10 @@ which a share is measured at every rollout.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ class CTPOTrainer(GRPOTrainer):
             raise ValueError(f"args must be a CTPOConfig, got {type(args).__name__}")
         self._pending: Callable[[torch.Tensor], None] | None = None
         self._skip_next_scoring = False
-        self._rewards: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None  # of the last rollout batch, all processes
+        self._warned_of_noise = False
         self._estimator = args.built_estimator
         self._route = args.route
         if args.python_tool != "none":
@@ -116,6 +117,8 @@ class CTPOTrainer(GRPOTrainer):
             # Chosen here on purpose; the range of TRL's versions is pinned.
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(model, reward_funcs, args, *positional, **others)
+        # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
+        self._signal = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for caution in args.cautions():
             logger.warning(caution)
 
@@ -188,6 +191,11 @@ class CTPOTrainer(GRPOTrainer):
         self, inputs: Batch, found: Evaluation, logp: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
     ) -> None:
         """Keep what metrics and traces need of a micro-batch."""
+        generation = int(self.args.steps_per_generation)
+        if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
+            # The policy has moved since the rollout.
+            moved = found.token_log_ratio
+            self._signal += torch.stack([(moved * moved).sum(), mask.sum()]).double()
 
     # ------------------------------------------------------------------------------------ old log-probabilities, noise
 
@@ -199,7 +207,23 @@ class CTPOTrainer(GRPOTrainer):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._skip_next_scoring = False
+        assert self._scores is not None
+        scores, size = self._scores, self.num_generations if training else self.num_generations_eval
+        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        if self.args.leave_one_out and size > 1:
+            # Against the others of the group that have a reward.
+            scored = (~scores.isnan()).view(-1, size).sum(1).repeat_interleave(size)
+            batch["advantages"] = batch["advantages"] * (scored / (scored - 1).clamp(min=1))[local]
+        # Beside the rest, so that they are shuffled and split with it.
+        batch["rewards"] = scores[local]
+        batch["group"] = torch.arange(len(scores), device=scores.device)[local] // size
         return batch
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        by_function = super()._calculate_rewards(*args)
+        total = (by_function * self.reward_weights.to(by_function.device)).nansum(1)
+        self._scores = total.masked_fill(by_function.isnan().all(1), torch.nan)
+        return by_function
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -207,6 +231,7 @@ class CTPOTrainer(GRPOTrainer):
         if not self.model.training or self._buffered_inputs is before:
             return inputs
         self._score_old()
+        self._measure_noise()
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _score_old(self) -> None:
@@ -229,6 +254,50 @@ class CTPOTrainer(GRPOTrainer):
             return scored.logp
         raise AssertionError("TRL's loss asked for no log-probabilities")
 
+    def _measure_noise(self) -> None:
+        r"""Log the noise floor, and what share of the last rollout's log-ratios it makes up.
+
+        Some sequences are scored again by the same weights, each alone and without padding: what differs from their
+        scores within the micro-batch is rounding. The floor is the root mean square of that per token; summed along a
+        sequence it spreads like :math:`\sigma\sqrt{t}`, as a small change of the policy does.
+        """
+        batch = self._buffered_inputs[0]
+        rows = min(self.args.noise_floor_sequences, len(batch["completion_ids"]))
+        if rows == 0 or "pixel_values" in batch:
+            return
+        # As it is where old log-probabilities are needed; there is nothing else to compare with.
+        together = batch.get("old_per_token_logps")
+        together = self._scored(batch) if together is None else together
+        mask = _policy_mask(batch)
+        sums = torch.zeros(3, dtype=torch.float64, device=mask.device)
+        for row in range(rows):
+            alone = _without_padding(batch, row)
+            difference = self._scored(alone)[0] - together[row, : alone["completion_ids"].shape[1]]
+            difference = difference.where(_policy_mask(alone)[0], 0.0).double()
+            length = _policy_mask(alone).sum()
+            sums += torch.stack([(difference**2).sum(), length, difference.sum() ** 2 / length.clamp(min=1)])
+        found = torch.cat([sums, self._signal])
+        self._signal.zero_()
+        squares, tokens, per_length, moved, compared = self.accelerator.reduce(found).tolist()
+        noise = squares / max(tokens, 1.0)
+        metrics = self._metrics["train"]
+        metrics["noise_floor/token"].append(math.sqrt(noise))
+        metrics["noise_floor/sqrt_t"].append(math.sqrt(per_length / (rows * self.accelerator.num_processes)))
+        if not moved:
+            return
+        share = noise * compared / moved
+        metrics["noise_floor/share"].append(share)
+        if share > 0.5 and not self._warned_of_noise:
+            self._warned_of_noise = True
+            logger.warning(
+                "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats per "
+                "token): clip rates and spreads then show arithmetic rather than what the policy has learned. See "
+                "noise_floor in docs/trainer.md.",
+                100 * min(share, 1.0),
+                math.sqrt(noise),
+                math.sqrt(moved / compared),
+            )
+
     # ------------------------------------------------------------------------------------------------------- rollouts
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> Mapping[str, Any]:
@@ -239,3 +308,16 @@ def _policy_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
     """True at the tokens that the policy chose, shape (B, T)."""
     mask = inputs["completion_mask"]
     return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+
+def _without_padding(batch: Batch, row: int) -> Batch:
+    """One sequence of a micro-batch by itself."""
+    prompt = batch["prompt_mask"][row].bool()
+    length = int(batch["completion_mask"][row].sum())
+    alone = {"advantages": batch["advantages"][row : row + 1]}
+    for name in ("prompt_ids", "prompt_mask"):
+        alone[name] = batch[name][row, prompt][None]
+    for name in ("completion_ids", "completion_mask", "tool_mask"):
+        if name in batch:
+            alone[name] = batch[name][row, :length][None]
+    return alone
