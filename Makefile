@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-verl figures studies report bench bench-verl check clean
+.PHONY: verify test train test-verl figures studies report bench bench-verl check clean
 
 ## Check every claim, print the table, draw the figures (results/).
 verify: .venv/simulations.installed
@@ -13,6 +13,10 @@ verify: .venv/simulations.installed
 ## Run all tests on all cores.
 test: .venv/test.installed
 	$(RUN) -m pytest -n auto
+
+## Train a small model from nothing to use a Python tool, on a CPU: warm-up, reinforcement learning, evaluation.
+train: .venv/train.installed
+	.venv/bin/ctpo train --config toy
 
 ## Run the tests of the verl plug-in, in an environment of its own: verl needs an older transformers.
 test-verl: .venv-verl/installed
@@ -52,6 +56,10 @@ check: .venv/dev.installed
 
 .venv/simulations.installed: pyproject.toml constraints.txt | .venv
 	$(INSTALL) -e ".[simulations,figures]"
+	touch $@
+
+.venv/train.installed: pyproject.toml constraints.txt | .venv
+	$(INSTALL) -e ".[train]"
 	touch $@
 
 .venv/test.installed: pyproject.toml constraints.txt | .venv

@@ -1,4 +1,4 @@
-"""`python -m ctpo`: the console script `ctpo`."""
+"""`python -m ctpo`, and `accelerate launch -m ctpo`: the command line."""
 
 import sys
 
