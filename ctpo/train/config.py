@@ -8,6 +8,7 @@ a value of your own that says something else is refused, not ignored.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -152,12 +153,15 @@ class CTPOConfig(GRPOConfig):
             if given is not None and given != derived[name]:
                 instead = {"loss_type": "estimator and aggregation", "importance_sampling_level": "estimator"}
                 raise ValueError(
-                    f"{name} must not be set, got {given!r}: it follows from estimator={self.estimator!r}, as "
-                    f"{derived[name]!r}. Set {instead.get(name, 'clip_low, clip_high and clip_dual')} instead"
+                    f"{name} must not be set, got {given!r}: it follows from estimator={self.estimator!r}. Set "
+                    f"{instead.get(name, 'clip_low, clip_high and clip_dual')} instead"
                 )
         for name, value in derived.items():
             setattr(self, name, value)
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL 1.16's own default has the former name.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            super().__post_init__()
         self._check_combinations()
 
     def _check_fields(self) -> None:

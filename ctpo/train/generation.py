@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 
 __all__ = [
     "Backend",
     "Generator",
+    "LogpGenerator",
     "Sampling",
     "TransformersGenerator",
     "VllmGenerator",
@@ -106,6 +107,26 @@ class Generator(Protocol):
 
         Returns:
             The ids that were sampled, by prompt; the last one is of `eos_token_ids` where the model ended the sequence.
+        """
+        ...
+
+
+@runtime_checkable
+class LogpGenerator(Generator, Protocol):
+    """A generator that knows with which probability it sampled."""
+
+    def generate_with_logps(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, seed: int
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        """What `generate` returns, and the log-probability of every sampled token.
+
+        Args:
+            prompt_ids: See `generate`.
+            sampling: See `generate`.
+            seed: See `generate`.
+
+        Returns:
+            The ids, and log-probabilities in nats, None for a token that has none; or None for all.
         """
         ...
 
@@ -320,7 +341,7 @@ class TransformersGenerator:
             pad_token_id=pad,
             **draws,
         )
-        ends = _Ends(self.tokenizer, width, len(prompts), self.eos_token_ids, sampling.stop)
+        ends = Ends(self.tokenizer, width, len(prompts), self.eos_token_ids, sampling.stop)
         with torch.no_grad():
             out = self.model.generate(
                 input_ids=ids,
@@ -347,7 +368,7 @@ class TransformersGenerator:
                 model.generation_config = config
 
 
-class _Ends:
+class Ends:
     """Ends sequences and remembers where: afterwards an end cannot be told from the padding that follows it."""
 
     def __init__(self, tokenizer: Any, width: int, rows: int, eos: frozenset[int], stop: tuple[str, ...]) -> None:
@@ -360,7 +381,7 @@ class _Ends:
         length = input_ids.shape[1] - self._width
         tails = input_ids[:, self._width :][:, -_window(self._stop) :].tolist()
         for row, tail in enumerate(tails):
-            if self.lengths[row] is None and (tail[-1] in self._eos or _stopped(self._tokenizer, tail, self._stop)):
+            if self.lengths[row] is None and (tail[-1] in self._eos or stopped(self._tokenizer, tail, self._stop)):
                 self.lengths[row] = length
         return torch.tensor([end is not None for end in self.lengths], device=input_ids.device)
 
@@ -433,8 +454,7 @@ class VllmGenerator:
         """Without tokens that vLLM may have sampled before it saw that a stop string was complete."""
         if not stop:
             return ids
-        window = _window(stop)
-        ends = (end for end in range(1, len(ids)) if _stopped(self.tokenizer, ids[max(0, end - window) : end], stop))
+        ends = (end for end in range(1, len(ids)) if stopped(self.tokenizer, ids[:end], stop))
         return ids[: next(ends, len(ids))]
 
 
@@ -577,8 +597,9 @@ def _window(stop: tuple[str, ...]) -> int:
     return max((len(text.encode()) for text in stop), default=0) + 4
 
 
-def _stopped(tokenizer: Any, tail: list[int], stop: tuple[str, ...]) -> bool:
+def stopped(tokenizer: Any, ids: list[int], stop: tuple[str, ...]) -> bool:
+    """Whether ids end with the token that completes a stop string, or a few tokens later."""
     if not stop:
         return False
-    text = tokenizer.decode(tail, skip_special_tokens=False)
+    text = tokenizer.decode(ids[-_window(stop) :], skip_special_tokens=False)
     return any(end in text for end in stop)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from ctpo.train.generation import Generator, Sampling
+from ctpo.train.generation import Generator, LogpGenerator, Sampling, stopped
 from ctpo.train.rewards import without_thoughts
 
 if TYPE_CHECKING:
@@ -285,7 +285,8 @@ def rollouts(
         if room < 1:
             raise ValueError(f"prompts[{i}] has {len(ids)} tokens; the model's context is {generator.context}")
         tool = None if sandbox is None else PythonTool(sandbox)
-        states.append(_State(ids, min(room, sampling.max_tokens), tool))
+        logps: list[float | None] | None = [] if isinstance(generator, LogpGenerator) else None
+        states.append(_State(ids, min(room, sampling.max_tokens), tool, logps))
     if max_open is None:
         max_open = max(len(states), 1) if form.name == "none" else _most_open()
     waiting, active, turn = deque(states), list[_State](), 0
@@ -305,7 +306,7 @@ def rollouts(
                     break
                 for place, (stop, request) in enumerate(sorted(asked.items())):
                     group = alike.get(stop, [])
-                    idle = _spare_rows(states, request, generator.context)[: request.rows - len(group)]
+                    idle = [_spare_row(states, generator, request.tokens)] * (request.rows - len(group))
                     options = replace(sampling, max_tokens=request.tokens, stop=(*sampling.stop, *stop))
                     chosen = np.random.SeedSequence(seed, spawn_key=(turn, place))
                     _continue(generator, group, idle, options, int(chosen.generate_state(1)[0]))
@@ -381,12 +382,14 @@ class _State:
     prompt_ids: list[int]
     budget: int
     tool: PythonTool | None
+    logps: list[float | None] | None = None
     completion: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     pending: list[_Call] = field(default_factory=list)
     turn_start: int = 0
     fresh: int = 0
+    cut: bool = False
     stop: tuple[str, ...] = ()
     in_block: bool = False
     rounds: int = 0
@@ -401,13 +404,30 @@ class _State:
         return self.budget - len(self.completion)
 
     @property
+    def row(self) -> list[int]:
+        return self.prompt_ids + self.completion
+
+    @property
     def turn(self) -> list[int]:
         """What the model wrote since the last output."""
         return self.completion[self.turn_start :]
 
+    def extend(self, ids: list[int], logps: list[float | None] | None) -> None:
+        """Go on with what the model wrote."""
+        self.fresh = len(ids)
+        self.completion += ids
+        self.sampled += [True] * len(ids)
+        if logps is None or self.logps is None:
+            self.logps = None
+        else:
+            self.logps += logps[: len(ids)]
+
     def keep(self, tokens: int) -> None:
         """Drop what the model wrote after so many tokens of its turn."""
-        del self.completion[self.turn_start + tokens :], self.sampled[self.turn_start + tokens :]
+        end = self.turn_start + tokens
+        del self.completion[end:], self.sampled[end:]
+        if self.logps is not None:
+            del self.logps[end:]
 
     def answer_calls(self) -> list[_Answer]:
         assert self.tool is not None
@@ -423,6 +443,8 @@ class _State:
             return
         self.completion += ids
         self.sampled += [False] * len(ids)
+        if self.logps is not None:
+            self.logps += [0.0] * len(ids)
         self.messages += [{"role": "tool", "name": answer.name, "content": answer.text} for answer in answers]
         self.turn_start = len(self.completion)
 
@@ -437,6 +459,7 @@ class _State:
             truncated=self.truncated,
             out_of_rounds=self.out_of_rounds,
             answer=answer,
+            logps=self.logps,
         )
 
 
@@ -468,27 +491,29 @@ class _Request:
         return found
 
 
-def _spare_rows(states: Sequence[_State], request: _Request, context: int | None) -> list[list[int]]:
-    """Rows to complete the call of a process with, whose samples nobody needs."""
+def _spare_row(states: Sequence[_State], generator: Generator, tokens: int) -> list[int]:
+    """A row to complete a process's call with, whose sample nobody needs."""
     # After all that a finished rollout says but for its end, the model most probably ends it at once, and a server
-    # that keeps what it has computed for former calls has it all. Any row will do.
-    ended = (state.row[:-1] for state in states if state.done and state._ended)
-    rows = sorted(ended, key=len) + sorted((state.prompt_ids for state in states), key=len)[:1] + [[0]]
-    longest = float("inf") if context is None else context - request.tokens
-    return [next(row for row in rows if len(row) <= longest)] * request.rows
+    # that keeps what it has computed for former calls has it all. Else any row will do.
+    rows = sorted((state.row[:-1] for state in states if state.row[-1] in generator.eos_token_ids), key=len)
+    rows += sorted((state.prompt_ids for state in states), key=len)[:1] + [[0]]
+    return next(row for row in rows if generator.context is None or len(row) + tokens <= generator.context)
 
 
 def _continue(
     generator: Generator, active: list[_State], idle: list[list[int]], sampling: Sampling, seed: int
 ) -> None:
     rows = [state.row for state in active] + idle
-    logps: Sequence[list[float | None] | None] | None = None
+    logps: list[list[float | None]] | None = None
     if isinstance(generator, LogpGenerator):
         sampled, logps = generator.generate_with_logps(rows, sampling, seed)
     else:
         sampled = generator.generate(rows, sampling, seed)
     for place, state in enumerate(active):
-        state.extend(sampled[place], None if logps is None else logps[place], most=sampling.max_tokens)
+        ids = sampled[place][: state.room]
+        ended = bool(ids) and (ids[-1] in generator.eos_token_ids or stopped(generator.tokenizer, ids, sampling.stop))
+        state.cut = len(ids) == sampling.max_tokens < state.room and not ended
+        state.extend(ids, None if logps is None else logps[place])
 
 
 def _answer(tool: PythonTool, call: _Call) -> _Answer:
