@@ -101,7 +101,7 @@ class CTPOConfig(GRPOConfig):
     Example:
         >>> config = CTPOConfig("out", steps_per_generation=8, clip_high=0.08, bf16=False, use_cpu=True)
         >>> config.built_estimator.clip
-        PositionClip(low=0.025, high=0.08, power=0.5, dual=None, drift=0.0)
+        PositionClip(low=0.025, high=0.08, power=0.5, dual=0.08, drift=0.0)
         >>> config.loss_type, config.route
         ('grpo', 'bounds')
     """
