@@ -26,6 +26,7 @@ import torch
 from trl import GRPOTrainer
 
 from ctpo.estimators import Evaluation
+from ctpo.train._training_metrics import PositionMetrics
 from ctpo.train.config import CTPOConfig
 from ctpo.train.sandbox import Limits, Sandbox, open_sandbox
 
@@ -119,6 +120,7 @@ class CTPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, *positional, **others)
         # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
         self._signal = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        self._by_position = PositionMetrics(self.accelerator.device)
         for caution in args.cautions():
             logger.warning(caution)
 
@@ -192,6 +194,8 @@ class CTPOTrainer(GRPOTrainer):
     ) -> None:
         """Keep what metrics and traces need of a micro-batch."""
         generation = int(self.args.steps_per_generation)
+        fresh = self._step // generation % self.num_iterations == 0
+        self._by_position.add(found, mask, fresh=fresh)
         if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
             # The policy has moved since the rollout.
             moved = found.token_log_ratio
@@ -297,6 +301,18 @@ class CTPOTrainer(GRPOTrainer):
                 math.sqrt(noise),
                 math.sqrt(moved / compared),
             )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the importance ratios by position, see `ctpo.train._training_metrics`."""
+        if self.model.training:
+            metrics = self._metrics["train"]
+            if self._route != "trl":
+                # TRL counts ratios that its dual bound has cut before, or none at all: 0 where a quarter is clipped.
+                for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+                    del metrics[name]
+            for name, value in self._by_position.pop(self.accelerator.gather).items():
+                metrics[name].append(value)
+        super().log(logs, start_time)
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
