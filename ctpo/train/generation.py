@@ -454,7 +454,8 @@ class VllmGenerator:
         """Without tokens that vLLM may have sampled before it saw that a stop string was complete."""
         if not stop:
             return ids
-        ends = (end for end in range(1, len(ids)) if stopped(self.tokenizer, ids[:end], stop))
+        window = _window(stop)
+        ends = (end for end in range(1, len(ids)) if stopped(self.tokenizer, ids[max(0, end - window) : end], stop))
         return ids[: next(ends, len(ids))]
 
 

@@ -608,9 +608,9 @@ class Rewards:
         r"""These rewards as one reward function of TRL's trainers.
 
         The columns "ground_truth", "id", "data_source" and "extra_info" of the data set are its rows. Of a
-        conversational completion the text that the assistant wrote after the last tool message is scored. The mean of
-        each part is logged as "parts/NAME", failures per response as "failures/NAME", and the failures' texts are a
-        column of the table of completions.
+        conversational completion the text that the assistant wrote after the last tool message is scored, or that of
+        the column "rollout_answer" where `CTPOTrainer` adds it. The mean of each part is logged as "parts/NAME",
+        failures per response as "failures/NAME", and the failures' texts are a column of the table of completions.
 
         Returns:
             A function with the name "total" that gives that of each completion, never None. It raises ValueError where
@@ -643,7 +643,12 @@ class Rewards:
                 {"prompt": prompt, **{name: columns[name][index] for name in names}}
                 for index, prompt in enumerate(prompts)
             ]
-            scores = self._score([_final_text(completion) for completion in completions], rows)
+            said = columns.get("rollout_answer")
+            if said is None:
+                said = [_final_text(completion) for completion in completions]
+            else:  # without thoughts, also one that the prompt opened
+                _check_list("rollout_answer", said, prompts)
+            scores = self._score(said, rows)
             for name in self.weights if scores else ():
                 failed = sum(name in score.failures for score in scores)
                 if log_metric is not None:

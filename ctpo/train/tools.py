@@ -496,13 +496,11 @@ def _spare_row(states: Sequence[_State], generator: Generator, tokens: int) -> l
     # After all that a finished rollout says but for its end, the model most probably ends it at once, and a server
     # that keeps what it has computed for former calls has it all. Else any row will do.
     rows = sorted((state.row[:-1] for state in states if state.row[-1] in generator.eos_token_ids), key=len)
-    rows += sorted((state.prompt_ids for state in states), key=len)[:1] + [[0]]
+    rows += [*sorted((state.prompt_ids for state in states), key=len)[:1], [0]]
     return next(row for row in rows if generator.context is None or len(row) + tokens <= generator.context)
 
 
-def _continue(
-    generator: Generator, active: list[_State], idle: list[list[int]], sampling: Sampling, seed: int
-) -> None:
+def _continue(generator: Generator, active: list[_State], idle: list[list[int]], sampling: Sampling, seed: int) -> None:
     rows = [state.row for state in active] + idle
     logps: list[list[float | None]] | None = None
     if isinstance(generator, LogpGenerator):
