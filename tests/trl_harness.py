@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+
+Config = TypeVar("Config", bound=GRPOConfig)
 
 VOCABULARY = ("<pad>", "<eos>", *"abcdefgh")
 
@@ -48,17 +50,11 @@ def tiny_model() -> Qwen3ForCausalLM:
     )
 
 
-def config_on_cpu(directory: str | Path, **options: Any) -> GRPOConfig:
+def config_on_cpu(directory: str | Path, kind: type[Config] = GRPOConfig, **options: Any) -> Config:
     """A configuration for a tiny model, which reports to nobody."""
     defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
-    return GRPOConfig(
-        output_dir=str(directory),
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        **defaults | options,
-    )
+    defaults |= {"report_to": [], "use_cpu": True, "bf16": False, "activation_checkpointing": False}
+    return kind(output_dir=str(directory), **defaults | options)
 
 
 @functools.cache
