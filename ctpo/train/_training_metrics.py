@@ -150,7 +150,8 @@ def _metrics(numbers: NDArray[np.float64]) -> dict[str, float]:
     split = len(EDGES) * len(_SUMS)
     by_bucket = numbers[..., :split].reshape(-1, 2, len(_SUMS), len(EDGES))
     joined = by_bucket.sum(0)
-    joined[:, _ADDITIVE:] = np.logaddexp.reduce(by_bucket[:, :, _ADDITIVE:], axis=0)
+    with np.errstate(invalid="ignore"):  # NaN log-probabilities: shown, not warned of
+        joined[:, _ADDITIVE:] = np.logaddexp.reduce(by_bucket[:, :, _ADDITIVE:], axis=0)
     reasons = numbers[..., split:].sum(0)
     found: dict[str, float] = {}
     for k in reversed(range(len(KINDS))):
@@ -164,14 +165,16 @@ def _metrics(numbers: NDArray[np.float64]) -> dict[str, float]:
             found |= {
                 f"position/{kind}/{edge}/tokens": tokens,
                 f"position/{kind}/{edge}/drift": drift,
-                f"position/{kind}/{edge}/spread": math.sqrt(variance) if not variance < 0.0 else 0.0,
-                # 0 if every weight is; rounding can lead beyond 1.
-                f"position/{kind}/{edge}/ess": min(math.exp(2.0 * weight - weight_2) / tokens, 1.0)
-                if weight > -math.inf
-                else 0.0,
+                f"position/{kind}/{edge}/spread": math.sqrt(max(variance, 0.0)),
+                f"position/{kind}/{edge}/ess": min(_effective(weight, weight_2) / tokens, 1.0),
                 f"position/{kind}/{edge}/clip": clipped / tokens,
             }
         total = joined[k, 0].sum()
         if total:
             found |= {f"clip/{kind}/{name}": float(n / total) for name, n in zip(_REASONS, reasons[k], strict=True)}
     return found
+
+
+def _effective(log_weight: float, log_weight_2: float) -> float:
+    """(sum w)^2 / sum w^2 of the logarithms of the sums; 0 if every weight is 0."""
+    return 0.0 if log_weight == -math.inf else math.exp(2.0 * log_weight - log_weight_2)

@@ -196,7 +196,7 @@ class TraceWriter:
 
         tables = {name: None if x is None else _to_host(x) for name, x in part["tables"].items()}
         columns = {name: None if x is None else _to_host(x).reshape(-1) for name, x in part["columns"].items()}
-        mask = tables["mask"].astype(np.bool_)
+        mask = np.asarray(tables["mask"], np.bool_)
         # One past the last policy token; 0 without any.
         length = (mask * np.arange(1, mask.shape[1] + 1)).max(axis=1, initial=0)
         kept = np.arange(mask.shape[1]) < length[:, None]
