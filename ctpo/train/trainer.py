@@ -20,15 +20,19 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl import GRPOTrainer
 
 from ctpo.estimators import Evaluation
+from ctpo.train._checkpoints import ResumableTrainer
+from ctpo.train._trainer_rollouts import python_rollouts
 from ctpo.train._training_metrics import PositionMetrics
 from ctpo.train.config import CTPOConfig
 from ctpo.train.sandbox import Limits, Sandbox, open_sandbox
+from ctpo.train.traces import TraceWriter
 
 __all__ = ["CTPOTrainer"]
 
@@ -48,7 +52,7 @@ class _ScoredError(Exception):
         self.logp = logp
 
 
-class CTPOTrainer(GRPOTrainer):
+class CTPOTrainer(ResumableTrainer):
     r"""TRL's `GRPOTrainer` whose loss is that of an estimator of `ctpo`.
 
     The gradient is that of `ctpo.policy_loss` with the estimator and aggregation of `args`, TRL's denominators and,
@@ -102,6 +106,7 @@ class CTPOTrainer(GRPOTrainer):
         self._skip_next_scoring = False
         self._scores: torch.Tensor | None = None  # of the last rollout batch, all processes
         self._warned_of_noise = False
+        self._tool_rollouts: Callable[[list[Any], Any], dict[str, Any]] | None = None
         self._estimator = args.built_estimator
         self._route = args.route
         if args.python_tool != "none":
@@ -121,6 +126,10 @@ class CTPOTrainer(GRPOTrainer):
         # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
         self._signal = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self._by_position = PositionMetrics(self.accelerator.device)
+        self._traces: TraceWriter | None = None
+        if args.log_ratio_traces:
+            directory = Path(args.output_dir, "traces")
+            self._traces = TraceWriter(directory, args.log_ratio_traces, rank=self.accelerator.process_index)
         for caution in args.cautions():
             logger.warning(caution)
 
@@ -194,8 +203,21 @@ class CTPOTrainer(GRPOTrainer):
     ) -> None:
         """Keep what metrics and traces need of a micro-batch."""
         generation = int(self.args.steps_per_generation)
-        fresh = self._step // generation % self.num_iterations == 0
-        self._by_position.add(found, mask, fresh=fresh)
+        iteration = self._step // generation % self.num_iterations
+        self._by_position.add(found, mask, fresh=iteration == 0)
+        if self._traces is not None:
+            self._traces.add(
+                logp,
+                old,
+                mask,
+                inputs["advantages"],
+                step=self.state.global_step + 1,
+                iteration=iteration,
+                rewards=inputs.get("rewards"),
+                sampling_logp=inputs.get("sampling_per_token_logps"),
+                rollout=self._step // (generation * self.num_iterations),
+                groups=inputs.get("group"),
+            )
         if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
             # The policy has moved since the rollout.
             moved = found.token_log_ratio
@@ -302,6 +324,22 @@ class CTPOTrainer(GRPOTrainer):
                 math.sqrt(moved / compared),
             )
 
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """A micro-batch; with the last one of an update its traces are written."""
+        loss = super().training_step(*args, **options)
+        if self._traces is not None and self.accelerator.sync_gradients:
+            self._traces.flush()
+        return loss
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"signal": self._signal.cpu(), "by_position": self._by_position.state_dict()}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._signal.copy_(state["signal"])
+        self._by_position.load_state_dict(state["by_position"])
+        if self._traces is not None:
+            self._traces.discard_after(self.state.global_step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the importance ratios by position, see `ctpo.train._training_metrics`."""
         if self.model.training:
@@ -317,7 +355,17 @@ class CTPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------- rollouts
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> Mapping[str, Any]:
-        raise NotImplementedError
+        if self._tool_rollouts is None:
+            assert self.sandbox is not None
+            self._tool_rollouts = python_rollouts(self, self.sandbox)
+        return self._tool_rollouts(prompts, trainer)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        ids, completion_ids, mask, completions, logps, columns, *images = super()._generate(prompts)
+        if self._tool_rollouts is not None:
+            # TRL makes one text of a rollout, in which a program's output cannot be told from what the model wrote.
+            completions = columns.pop("rollout_messages")
+        return ids, completion_ids, mask, completions, logps, columns, *images
 
 
 def _policy_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
