@@ -308,8 +308,8 @@ class CTPOConfig(GRPOConfig):
 
         "trl": it is one of TRL's own losses, which runs unchanged. "bounds": TRL's token-level loss runs with the
         estimator's ratio and window in place of its own; value and gradient are those of `ctpo.policy_loss`.
-        "coefficients": it runs with the estimator's coefficients as ratios and without a window; the gradient is that of
-        `ctpo.policy_loss`, the logged loss is the sum of coefficient times advantage.
+        "coefficients": it runs with the estimator's coefficients as ratios and without a window; the gradient is that
+        of `ctpo.policy_loss`, the logged loss is the sum of coefficient times advantage.
         """
         estimator = self.built_estimator
         if self._is_trl(estimator):

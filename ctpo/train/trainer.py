@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import GRPOTrainer
@@ -85,8 +85,10 @@ class CTPOTrainer(ResumableTrainer):
     """
 
     _name = "CTPO"
-    _tag_names = ["trl", "ctpo"]
+    _tag_names: ClassVar[list[str]] = ["trl", "ctpo"]
     args: CTPOConfig
+    epsilon_low: Any  # a number, or one for every token
+    epsilon_high: Any
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class CTPOTrainer(ResumableTrainer):
         cap = torch.full_like(high, limit) if dual is None else dual.clamp(max=limit)
         inputs["old_per_token_logps"] = logp - found.log_ratio.clamp(-2 * _LARGEST, limit + 1.0)
         self.epsilon_low, self.epsilon_high = -torch.expm1(low), torch.expm1(high.clamp(max=limit))
-        self.args.delta = cap.exp()
+        self.args.delta = cap.exp()  # type: ignore[assignment]
 
     def _record(
         self, inputs: Batch, found: Evaluation, logp: torch.Tensor, old: torch.Tensor, mask: torch.Tensor
@@ -317,7 +319,7 @@ class CTPOTrainer(ResumableTrainer):
             self._warned_of_noise = True
             logger.warning(
                 "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats per "
-                "token): clip rates and spreads then show arithmetic rather than what the policy has learned. See "
+                "token). Clip rates and spreads then show arithmetic rather than what the policy has learned: see "
                 "noise_floor in docs/trainer.md.",
                 100 * min(share, 1.0),
                 math.sqrt(noise),
