@@ -181,7 +181,7 @@ class CTPOConfig(GRPOConfig):
     @cached_property
     def built_estimator(self) -> Estimator:
         """The estimator that the fields describe."""
-        estimator = RECIPES[self.estimator].estimator
+        estimator: Any = RECIPES[self.estimator].estimator
         changes: dict[str, Any] = {}
         if any(getattr(self, name) is not None for name in _CLIP_FIELDS):
             changes["clip"] = self._window(estimator)
@@ -314,7 +314,8 @@ class CTPOConfig(GRPOConfig):
         estimator = self.built_estimator
         if self._is_trl(estimator):
             return "trl"
-        if estimator.form != "ppo" or estimator.region is not None:
+        # The numerical limit of a token's own ratio takes weights away on both sides, which is no window.
+        if estimator.form != "ppo" or estimator.region is not None or estimator.level == "token":
             return "coefficients"
         # TRL reads a dual bound below the upper edge as a bound for both signs.
         assert isinstance(estimator.clip, Clip)
@@ -374,8 +375,8 @@ class CTPOConfig(GRPOConfig):
             found.append(
                 "Every importance ratio is 1: each rollout batch is used for one optimizer step "
                 f"(steps_per_generation={self.steps_per_generation}, num_iterations={self.num_iterations}, "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}), so the estimator makes no difference "
-                "to the gradient. Raise steps_per_generation for off-policy updates."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}), so the estimator makes no "
+                "difference to the gradient. Raise steps_per_generation for off-policy updates."
             )
         if self.num_iterations > 1:
             found.append(

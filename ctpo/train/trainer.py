@@ -186,7 +186,8 @@ class CTPOTrainer(ResumableTrainer):
         inputs.setdefault("sampling_per_token_logps", old)
         self.args.delta = None
         if self._route == "coefficients":
-            weight = found.coefficients.weight
+            # Where A is 0 a ratio that has overflowed must not make it NaN.
+            weight = found.coefficients.weight.where(found.advantages != 0, 0.0)
             inputs["old_per_token_logps"] = logp - weight.abs().log()
             inputs["advantages"] = found.advantages * weight.sign().where(weight != 0, 1.0)
             self.epsilon_low = self.epsilon_high = torch.inf
@@ -318,8 +319,8 @@ class CTPOTrainer(ResumableTrainer):
         if share > 0.5 and not self._warned_of_noise:
             self._warned_of_noise = True
             logger.warning(
-                "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats per "
-                "token). Clip rates and spreads then show arithmetic rather than what the policy has learned: see "
+                "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats "
+                "per token). Clip rates and spreads then show arithmetic, not what the policy has learned: see "
                 "noise_floor in docs/trainer.md.",
                 100 * min(share, 1.0),
                 math.sqrt(noise),
