@@ -1,0 +1,399 @@
+"""`CTPOTrainer` against `ctpo.policy_loss`, an oracle in plain Python and TRL's `GRPOTrainer`.
+
+Loss and gradient are those of the trainer's own `_compute_loss`, of log-probabilities that a test chooses (TRL's
+scoring replaced by a leaf tensor) or of a real model. Training is real training of a model of a few thousand
+parameters, its sampling included.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import oracle
+import oracle_losses
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_models import tiny_chat_model
+from trl import GRPOConfig, GRPOTrainer
+from trl_harness import config_on_cpu
+
+import ctpo
+from ctpo.train.config import CTPOConfig
+from ctpo.train.trainer import CTPOTrainer
+from ctpo.zoo import RECIPES
+
+# TRL 1.16 asks transformers 5.23 by the former name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+Tensors = dict[str, torch.Tensor]
+HORIZON = 16
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+SPREADS = (0.02, 0.3, 3.0, 40.0)
+OF_TRL = {
+    "grpo", "dr_grpo", "dapo", "decoupled_ppo", "ppo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "vespo", "opsm"
+}  # fmt: skip
+LIMITED = sorted(name for name, recipe in RECIPES.items() if recipe.estimator.bounded and name not in OF_TRL)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    """Any function of the text that differs within groups."""
+    return [float(sum(text.encode()) % 7) for text in completions]
+
+
+def made(
+    kind: type[GRPOTrainer] = CTPOTrainer,
+    *,
+    model: Any = None,
+    directory: str | Path | None = None,
+    reward: Callable[..., list[Any]] = rewards,
+    peft: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """A trainer of a tiny model; half of its tokens end a completion, so that lengths differ."""
+    given, tokenizer = tiny_chat_model()
+    given.generation_config.eos_token_id = [*range(40), given.config.eos_token_id]
+    settings = CTPOConfig if issubclass(kind, CTPOTrainer) else GRPOConfig
+    defaults: dict[str, Any] = {"max_completion_length": HORIZON, "disable_tqdm": True, "learning_rate": 1e-2}
+    config = config_on_cpu(directory or tempfile.gettempdir(), settings, **defaults | options)
+    data = Dataset.from_dict({"prompt": ["a question" + "?" * length for length in range(8)]})
+    trainer = kind(
+        model or given.to(dtype),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=data,
+        eval_dataset=data.select(range(2)),
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # what the training loop sets
+    trainer.model.train()
+    return trainer
+
+
+@functools.cache
+def idle(**options: Any) -> CTPOTrainer:
+    """A trainer whose loss is asked for, and which never trains."""
+    return made(**options)
+
+
+def values(seed: int, *, spread: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """(logp, old logp, advantages, mask) of six sequences with tool gaps and padding, the last without any token."""
+    rng = np.random.default_rng(seed)
+    old = -rng.exponential(1.0, (6, 12))
+    logp = old + spread * rng.standard_normal((6, 12))
+    mask = (rng.random((6, 12)) < 0.75) & (np.arange(12) < [[12], [9], [11], [7], [12], [0]])
+    advantages = np.array([1.0, -0.5, 0.0, 2.0, -1.5, 1.0])
+    floats = (torch.tensor(array, dtype=dtype) for array in (logp, old, advantages))
+    return (*floats, torch.tensor(mask))
+
+
+def batch_of(old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **others: torch.Tensor) -> Tensors:
+    """What TRL hands to its loss."""
+    attended = mask.flip(-1).cumsum(-1).flip(-1) > 0
+    return {
+        "prompt_ids": torch.full((len(mask), 1), 2),
+        "prompt_mask": torch.ones(len(mask), 1, dtype=torch.long),
+        "completion_ids": torch.full(mask.shape, 3),
+        "completion_mask": attended.long(),
+        "tool_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "num_items_in_batch": mask.sum(),
+        **others,
+    }
+
+
+def loss_of(trainer: GRPOTrainer, logp: torch.Tensor, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trainer's loss of these log-probabilities, and its gradient."""
+    logp = logp.detach().clone().requires_grad_()
+    scored = (logp, torch.zeros_like(logp), None)
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_, **__: scored):
+        loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    assert logp.grad is not None
+    return loss.detach(), logp.grad
+
+
+def denominators(aggregation: str, mask: torch.Tensor, *, micro_batches: int = 1) -> dict[str, Any]:
+    """TRL's: it counts rows without policy tokens."""
+    if aggregation == "token-mean":
+        return {"num_tokens": int(mask.sum())}
+    counted = {"num_sequences": len(mask) * micro_batches}
+    return counted | {"horizon": HORIZON} if aggregation == "seq-mean-token-sum-norm" else counted
+
+
+def policy_loss(
+    args: CTPOConfig, logp: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **more: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ctpo.policy_loss` and its gradient, with NaN at masked places."""
+    logp = torch.where(mask, logp, torch.nan).requires_grad_()
+    options = args.estimator_options()
+    more = denominators(str(options["aggregation"]), mask) | more
+    loss, _ = ctpo.policy_loss(logp, torch.where(mask, old, torch.nan), advantages, mask, **options, **more)
+    loss.backward()
+    assert logp.grad is not None
+    return loss.detach(), logp.grad
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, *, scale: float = 0.0, tolerance: float) -> None:
+    """To `tolerance`, relative to a number or to `scale`: terms of which some may cancel."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * max(1e-3, scale), check_dtype=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and gradient.
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", sorted(RECIPES))
+def test_loss_and_gradient_of_every_estimator(estimator: str, aggregation: str) -> None:
+    """At spreads where windows act on few tokens, on most, and where limits do; float32 and float64."""
+    trainer = idle(estimator=estimator, aggregation=aggregation)
+    args = trainer.args
+    assert (args.route == "trl") <= (estimator in OF_TRL)
+    moved = 0.0
+    for seed, spread in enumerate(SPREADS):
+        if spread > 1 and (args.route == "trl" or not args.built_estimator.bounded):
+            continue  # TRL's losses have other limits or none; ratios without a limit overflow
+        for dtype in (torch.float64, torch.float32):
+            logp, old, advantages, mask = values(seed, spread=spread, dtype=dtype)
+            loss, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+            expected, expected_gradient = policy_loss(args, logp, old, advantages, mask)
+            assert gradient.isfinite().all()
+            # TRL has the temperatures of "sapo" in float32.
+            tolerance = 1e-6 if estimator == "sapo" else 1e-11 if dtype == torch.float64 else 1e-4
+            largest = float(expected_gradient.abs().max())
+            assert_close(gradient, expected_gradient, scale=largest, tolerance=tolerance)
+            if args.route == "coefficients":
+                # The sum of coefficient times advantage, which is the value of the forms that have no more to it.
+                assert_close(loss, expected_gradient.sum(), scale=largest, tolerance=tolerance)
+            if args.route != "coefficients" or (args.built_estimator.form == "unclipped" and spread < 1):
+                size = float(expected_gradient.abs().sum() + expected.abs())
+                assert_close(loss, expected, scale=size, tolerance=tolerance)
+            moved += largest
+    assert moved > 0
+
+
+WINDOWS: dict[str, tuple[dict[str, Any], Callable[[int], Any]]] = {
+    "default": ({}, lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5, 0.05)),
+    "no dual bound": ({"clip_dual": 0.0}, lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5)),
+    "dual bound follows": ({"clip_high": 0.08}, lambda t: oracle.position_bounds(t, 0.025, 0.08, 0.5, 0.08)),
+    "dual bound above": ({"clip_dual": 0.2}, lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5, 0.2)),
+    "dual bound below": ({"clip_dual": 0.03}, lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5, 0.03)),
+    "power": ({"clip_low": 0.1, "clip_power": 0.25}, lambda t: oracle.position_bounds(t, 0.1, 0.05, 0.25, 0.05)),
+    "drift": ({"clip_drift": 0.02}, lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5, 0.05, drift=0.02)),
+    "calibrated": (
+        {"clip_low": 0.2, "clip_high": 0.1, "clip_sigma": 0.1, "clip_drift": 0.005, "clip_dual": 0.05},
+        lambda t: oracle.calibrated_bounds(t, 0.2, 0.1, 0.1, 0.005, dual=0.05),
+    ),
+    "limits": (
+        {"max_log_ratio": 0.6, "max_token_log_ratio": 0.25, "clip_dual": 0.0},
+        lambda t: oracle.position_bounds(t, 0.025, 0.05, 0.5),
+    ),
+    "limit inside of the window": (
+        {"max_log_ratio": 0.125, "clip_high": 0.3},
+        lambda t: oracle.position_bounds(t, 0.025, 0.3, 0.5, 0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_ctpo_against_the_oracle(window: str, aggregation: str) -> None:
+    options, bounds = WINDOWS[window]
+    trainer = idle(aggregation=aggregation, **options)
+    limits = {
+        name: options.get(name, default)
+        for name, default in {"max_log_ratio": 10.0, "max_token_log_ratio": 20.0}.items()
+    }
+    acted = set()
+    for seed, spread in enumerate((0.05, 0.3, 4.0, 30.0)):
+        logp, old, advantages, mask = values(30 + seed, spread=spread)
+        loss, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+        rows = [
+            oracle.coefficients(
+                *(array.tolist() for array in (logp[i], old[i])),
+                [advantages[i].item()] * mask.shape[1],
+                mask[i].tolist(),
+                name="cumulative",
+                form="ppo",
+                bounds=bounds,
+                **limits,
+            )
+            for i in range(len(mask))
+        ]
+        table = {key: [[token[key] for token in row] for row in rows] for key in ("value", "weight", "margin")}
+        assert min(min(row) for row in table["margin"]) > 1e-9, "a token on the edge: take another seed"
+        acted |= {key for row in rows for token in row for key in token if token[key] is True}
+        by_token = advantages[:, None].expand(mask.shape).tolist()
+        ones = torch.ones(mask.shape).tolist()
+        expected, expected_gradient = oracle_losses.loss(
+            table["value"], table["weight"], by_token, ones, mask.tolist(), aggregation,
+            **denominators(aggregation, mask),
+        )  # fmt: skip
+        expected_gradient = torch.tensor(expected_gradient, dtype=torch.float64)
+        largest = float(expected_gradient.abs().max())
+        assert_close(gradient, expected_gradient, scale=largest, tolerance=1e-10)
+        if trainer.args.route == "bounds":
+            assert_close(loss, torch.tensor(expected, dtype=torch.float64), scale=10 * largest + 10, tolerance=1e-10)
+    assert {"clipped_low", "saturated"} <= acted
+    assert ("clipped_high" in acted) == (window != "limit inside of the window")
+    assert ("clipped_dual" in acted) == (bounds(1)[2] is not None and window != "limit inside of the window")
+    assert trainer.args.route == ("coefficients" if window == "dual bound below" else "bounds")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "grpo", "clip_sigma": 0.1, "clip_low": 0.2, "clip_high": 0.1, "clip_drift": 0.01},
+        {"estimator": "gspo", "clip_sigma": 0.1, "clip_low": 0.2, "clip_high": 0.1, "clip_drift": 0.01},
+        {"estimator": "ppo", "clip_high": 4.0},
+        {"estimator": "cispo", "clip_low": 0.5},
+        {"estimator": "cispo", "aggregation": "seq-mean-token-mean"},
+        {"estimator": "opsm", "clip_dual": 1.05, "clip_high": 0.2},
+        {"estimator": "minpro", "clip_dual": 3.0},
+        {"estimator": "tic_grpo", "clip_high": math.inf, "clip_dual": 0.0},
+        {"estimator": "ctpo_fixed", "clip_low": 1.0, "clip_high": math.inf},
+        {"estimator": "ctpo_fixed", "max_log_ratio": 0.0},
+        {"estimator": "ctpo", "clip_drift": 3.0},
+        {"estimator": "lookahead", "estimator_window": 2},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_other_windows(options: dict[str, Any]) -> None:
+    """Settings that leave TRL's own losses, or the numbers of the recipe."""
+    trainer = idle(**options)
+    spreads = (0.05, 0.3, 4.0, 12.0) if trainer.args.built_estimator.bounded else (0.05, 0.3, 4.0)
+    for seed, spread in enumerate(spreads):
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+            logp, old, advantages, mask = values(60 + seed, spread=spread, dtype=dtype)
+            loss, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+            expected, expected_gradient = policy_loss(trainer.args, logp, old, advantages, mask)
+            largest = float(expected_gradient.abs().max())
+            assert_close(gradient, expected_gradient, scale=largest, tolerance=tolerance)
+            if trainer.args.route != "coefficients":
+                size = float(expected_gradient.abs().sum() + expected.abs())
+                assert_close(loss, expected, scale=size, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", LIMITED)
+def test_overflowing_ratios(estimator: str, dtype: torch.dtype) -> None:
+    """Tokens of a probability that a thousand nats have moved: no NaN, no infinity, and the limits of `policy_loss`."""
+    trainer = idle(estimator=estimator)
+    for shift in (100.0, 1000.0):
+        logp, old, advantages, mask = values(70, spread=0.1, dtype=dtype)
+        old[0, 3] -= shift
+        old[1, 4] -= shift
+        logp[2, 2] -= shift
+        logp[4, 5] -= shift
+        old[3, 1] -= shift
+        _, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+        _, expected = policy_loss(trainer.args, logp, old, advantages, mask)
+        assert gradient.isfinite().all()
+        tolerance = 1e-11 if dtype == torch.float64 else 1e-3
+        assert_close(gradient, expected, scale=float(expected.abs().max()), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("estimator", ["sequence", "lookahead"])
+def test_a_ratio_without_limit_at_an_advantage_of_0(estimator: str) -> None:
+    """0 times a ratio that has overflowed is 0."""
+    logp, old, advantages, mask = values(71, spread=0.1, dtype=torch.float32)
+    old[2] -= 50.0  # its advantage is 0
+    loss, gradient = loss_of(idle(estimator=estimator), logp, batch_of(old, advantages, mask))
+    _, expected = policy_loss(idle(estimator=estimator).args, logp, old, advantages, mask)
+    assert loss.isfinite()
+    assert_close(gradient, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("estimator", ["ctpo", "grpo", "gppo"])
+def test_micro_batches_add_up(estimator: str, aggregation: str) -> None:
+    """Two micro-batches of an optimizer step are `policy_loss` of both, with the denominators of both."""
+    trainer = idle(estimator=estimator, aggregation=aggregation, gradient_accumulation_steps=2)
+    logp, old, advantages, mask = values(7, spread=0.3)
+    halves = [slice(0, 3), slice(3, 6)]
+    found = [
+        loss_of(
+            trainer, logp[half], batch_of(old[half], advantages[half], mask[half]) | {"num_items_in_batch": mask.sum()}
+        )
+        for half in halves
+    ]
+    _, expected = policy_loss(trainer.args, logp, old, advantages, mask)
+    assert_close(torch.cat([gradient for _, gradient in found]), expected, scale=1.0, tolerance=1e-12)
+    if trainer.args.route != "coefficients":
+        loss, _ = policy_loss(trainer.args, logp, old, advantages, mask)
+        assert_close(sum(loss for loss, _ in found), loss, scale=10.0, tolerance=1e-12)
+
+
+def scored_batch(seed: int = 3) -> tuple[Tensors, torch.Tensor]:
+    """A batch with left-padded prompts, padded completions and tool gaps, and its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 250, (5, 4 + 9), generator=generator)
+    attended = torch.ones_like(ids)
+    attended[0, :3] = attended[2, :1] = 0
+    attended[1, -4:] = attended[3, -7:] = 0
+    mask = attended[:, 4:].bool()
+    mask[0, 2:5] = mask[2, 0] = False
+    batch = {
+        "prompt_ids": ids[:, :4],
+        "prompt_mask": attended[:, :4],
+        "completion_ids": ids[:, 4:],
+        "completion_mask": attended[:, 4:],
+        "tool_mask": mask.long() | (1 - attended[:, 4:]),  # TRL pads it with 1
+        "advantages": torch.tensor([1.0, -0.5, -1.5, 2.0, 0.0]),
+        "num_items_in_batch": mask.sum(),
+    }
+    return batch, mask
+
+
+def log_probabilities(model: torch.nn.Module, batch: Tensors, temperature: float) -> torch.Tensor:
+    """By the logits of the whole vocabulary."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=attended).logits[:, batch["prompt_ids"].shape[1] - 1 : -1]
+    logp = (logits / temperature).log_softmax(-1)
+    return logp.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("estimator", sorted(RECIPES))
+def test_every_parameter_gradient(estimator: str) -> None:
+    """Of a real model, with a temperature, against `policy_loss` of an equal model."""
+    trainer = made(estimator=estimator, temperature=0.75)
+    batch, mask = scored_batch()
+    model, _ = tiny_chat_model()
+    logp = log_probabilities(model, batch, 0.75)
+    noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(4))
+    old = (logp - 0.1 * noise).detach()
+    options = trainer.args.estimator_options()
+    loss, _ = ctpo.policy_loss(
+        logp, old, batch["advantages"], mask, **options, **denominators(str(options["aggregation"]), mask)
+    )
+    loss.backward()
+    trainer._compute_loss(trainer.model, batch | {"old_per_token_logps": old}).backward()
+    found = dict(trainer.model.named_parameters())
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert found[name].grad is not None
+        assert_close(found[name].grad, parameter.grad, scale=float(parameter.grad.abs().max()), tolerance=2e-4)
+        total += float(parameter.grad.abs().sum())
+    assert total > 0.1
