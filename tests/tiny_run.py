@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -17,10 +18,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl_harness import VOCABULARY, config_on_cpu, tiny_model
 
 from ctpo.train._checkpoints import ResumableTrainer
+from ctpo.train.config import CTPOConfig
+from ctpo.train.trainer import CTPOTrainer
 
 # Log entries that a clock decides.
 TIMED = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime")
@@ -57,7 +60,7 @@ def tiny_trainer(
     return kind(
         elsewhere.pop("model", None) or tiny_model(),
         reward_funcs=reward,
-        args=config_on_cpu(directory, **given | options),
+        args=config_on_cpu(directory, CTPOConfig if issubclass(kind, CTPOTrainer) else GRPOConfig, **given | options),
         train_dataset=Dataset.from_dict({"prompt": rows}),
         processing_class=tokenizer,
         **elsewhere,
@@ -67,7 +70,7 @@ def tiny_trainer(
 def train(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     """Train; nothing that was drawn before in this process has a part in it."""
     random.seed(99)
-    np.random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
     torch.manual_seed(99)
     with warnings.catch_warnings():
         # TRL 1.16 asks transformers 5.23 by the former name.
@@ -86,7 +89,7 @@ def outcome(trainer: GRPOTrainer) -> dict[str, Any]:
             {name: value for name, value in entry.items() if name not in TIMED} for entry in trainer.state.log_history
         ],
         "seen": (trainer.state.global_step, trainer.state.epoch, trainer.state.num_input_tokens_seen, trainer._step),
-        "random": (torch.get_rng_state(), np.random.get_state()[1], random.getstate()),
+        "random": (torch.get_rng_state(), np.random.get_state()[1], random.getstate()),  # noqa: NPY002
     }
 
 
@@ -138,6 +141,7 @@ def forked(action: Callable[[], Any], log: Path) -> int:
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         torch.set_num_threads(1)
+        gc.freeze()  # else every collection goes through all that was imported
         action()
         status = 0
     except BaseException:

@@ -36,6 +36,12 @@ _LOSS_TYPES = {
 }
 # The one aggregation that TRL has for losses of another form, by form.
 _OWN_LOSS_TYPES = {"cispo": "token-mean", "sapo": "seq-mean-token-mean", "vespo": "token-mean"}
+# Level and mode of `ctpo.rollout_correction`; TRL's own are the first two at "token" and "sequence".
+_CORRECTIONS = tuple(
+    f"{level}_{mode}"
+    for level in ("token", "sequence", "cumulative", "sequence_mean")
+    for mode in ("truncate", "mask", "reject")
+)
 _TRL_LEVELS = {"token": "token", "sequence_mean": "sequence"}
 _DERIVED = ("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level")
 _CLIP_FIELDS = ("clip_low", "clip_high", "clip_dual", "clip_power", "clip_drift", "clip_sigma")
@@ -55,7 +61,9 @@ class CTPOConfig(GRPOConfig):
     Every field of TRL's `GRPOConfig` is here too, with its meaning. Three have another default: `disable_dropout` is
     True (a ratio of two passes with different dropout masks is noise), `vllm_importance_sampling_mode` is
     "token_truncate" (TRL's "sequence_mask" drops every long sequence of an engine that is a little off), and
-    `max_tool_calling_iterations` is 5.
+    `max_tool_calling_iterations` is 5. Modes of that correction are those of `ctpo.rollout_correction`, more than
+    TRL's: a level (token, cumulative, sequence, sequence_mean) and what happens beyond the bounds (truncate, mask,
+    reject).
 
     Args:
         estimator: Name of a policy-gradient estimator, see ``ctpo estimators``.
@@ -136,7 +144,9 @@ class CTPOConfig(GRPOConfig):
     disable_dropout: bool = _option(True, "No dropout: a ratio of two passes with different dropout is noise.")
     max_tool_calling_iterations: int | None = _option(5, "Most turns with calls of the tool.")
     vllm_importance_sampling_mode: str = _option(
-        "token_truncate", "How the difference between vLLM and the model is corrected, as in TRL."
+        "token_truncate",
+        "Level and mode of the weights that correct for vLLM: token, cumulative, sequence or sequence_mean, then "
+        "_truncate, _mask or _reject.",
     )
     loss_type: str | None = _option(None, "Not to be set: follows from estimator and aggregation.")
     epsilon: float | None = _option(None, "Not to be set: see clip_low.")
@@ -342,12 +352,10 @@ class CTPOConfig(GRPOConfig):
                 f"use_bias_correction_kl must be False with estimator={self.estimator!r} and beta={self.beta}: the "
                 "divergence would be multiplied by the estimator's coefficient, which is no importance ratio"
             )
+        allowed = _CORRECTIONS
         if self.estimator == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
-            one_of(
-                "vllm_importance_sampling_mode (for vespo)",
-                self.vllm_importance_sampling_mode,
-                ("token_truncate", "token_mask"),
-            )
+            allowed = _CORRECTIONS[:2]
+        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, allowed)
 
     @property
     def updates_per_rollout(self) -> float:

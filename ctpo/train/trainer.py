@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ import torch
 from trl import GRPOTrainer
 
 from ctpo.estimators import Evaluation
+from ctpo.rollout import rollout_correction
 from ctpo.train._checkpoints import ResumableTrainer
 from ctpo.train._trainer_rollouts import python_rollouts
 from ctpo.train._training_metrics import PositionMetrics
@@ -125,6 +126,8 @@ class CTPOTrainer(ResumableTrainer):
             # Chosen here on purpose; the range of TRL's versions is pinned.
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(model, reward_funcs, args, *positional, **others)
+        # TRL knows fewer; what it makes of this one is replaced.
+        self.vllm_importance_sampling_mode = "token_mask"
         # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
         self._signal = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         self._by_position = PositionMetrics(self.accelerator.device)
@@ -230,12 +233,18 @@ class CTPOTrainer(ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        self._skip_next_scoring = training and self.args.needs_old_logps and not corrected
+        self._skip_next_scoring = training and (self.args.needs_old_logps or self._corrected)
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._skip_next_scoring = False
+        if self._corrected:
+            for name in [
+                name for name in self._metrics["train" if training else "eval"] if name.startswith("sampling/")
+            ]:
+                del self._metrics["train" if training else "eval"][name]  # of old log-probabilities that are not there
+            if not training:
+                self._correct([batch])
         assert self._scores is not None
         scores, size = self._scores, self.num_generations if training else self.num_generations_eval
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
@@ -268,6 +277,37 @@ class CTPOTrainer(ResumableTrainer):
         for batch in self._buffered_inputs:
             if "old_per_token_logps" in batch:
                 batch["old_per_token_logps"] = self._scored(batch)
+        if self._corrected:
+            self._correct(self._buffered_inputs)
+
+    @property
+    def _corrected(self) -> bool:
+        return bool(self.use_vllm and self.vllm_importance_sampling_correction)
+
+    def _correct(self, batches: Sequence[Batch]) -> None:
+        """Weights for the difference between vLLM's log-probabilities and the model's: `ctpo.rollout_correction`."""
+        names = ("old_per_token_logps", "sampling_per_token_logps")
+        old, engine = (torch.cat([batch[name] for batch in batches]) for name in names)
+        mask = torch.cat([_policy_mask(batch) for batch in batches])
+        # vLLM has NaN for what it could not score: a ratio of 1, as in TRL.
+        known = mask & ~engine.isnan()
+        engine = engine.where(known, old)
+        level, _, mode = self.args.vllm_importance_sampling_mode.rpartition("_")
+        low, high = self.args.vllm_importance_sampling_clip_min, self.args.vllm_importance_sampling_clip_max
+        found = rollout_correction(old, engine, mask, level=level, mode=mode, low=low, high=high)  # type: ignore[arg-type]
+        sizes = [len(batch["completion_ids"]) for batch in batches]
+        for batch, weights in zip(batches, found.weights.split(sizes), strict=True):
+            batch["importance_sampling_ratio"] = weights
+        difference = (old - engine).abs().where(known, 0.0)
+        values = {
+            "sampling/sampling_logp_difference/mean": difference.sum() / known.sum().clamp(min=1),
+            "sampling/sampling_logp_difference/max": difference.max(),
+            **found.metrics,
+        }
+        by_rank = self.accelerator.gather(torch.stack([value.float() for value in values.values()])[None])
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, column in zip(values, by_rank.T.tolist(), strict=True):
+            metrics[name].append(max(column) if "max" in name else sum(column) / len(column))
 
     @torch.no_grad()
     def _scored(self, batch: Batch) -> torch.Tensor:
