@@ -1,4 +1,4 @@
-"""The command line of `ctpo.train`: `ctpo sandbox | score | data | eval`, for `ctpo.cli`.
+"""The command line of `ctpo.train`: `ctpo sandbox | score | data | eval | train`, for `ctpo.cli`.
 
 Arguments are declared here without importing what the commands need: `ctpo --help` takes no torch.
 """
@@ -42,6 +42,7 @@ def add_commands(commands: Any) -> None:
     _add_score(commands)
     _add_data(commands)
     _add_eval(commands)
+    _add_train(commands)
 
 
 # ------------------------------------------------------------------------------------------------------------- sandbox
@@ -369,3 +370,36 @@ def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
         overwrite=options.overwrite,
         **_loading(options),
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def _add_train(commands: Any) -> None:
+    # No option is read here: there are hundreds, which the trainer's own classes declare.
+    parser = commands.add_parser(
+        "train", help="train a language model, or show what would be done", add_help=False, prefix_chars="\0"
+    )
+    parser.add_argument("words", nargs="*")
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> str:
+    from ctpo.train._options import all_options_text, help_text
+
+    words = options.words
+    if "--help" in words or "-h" in words:
+        return help_text()
+    width = min(shutil.get_terminal_size((80, 0)).columns, 120)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if "--help-all" in words or "--help_all" in words:
+        return all_options_text(width)
+    from ctpo.train.run import train
+    from ctpo.train.sandbox import SandboxUnavailable
+
+    try:
+        text, options.status = train(words, width=width)
+    except SandboxUnavailable as error:
+        raise ValueError(str(error)) from None
+    return text

@@ -1,0 +1,284 @@
+"""How much memory a training needs, estimated from the model's configuration: no weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Estimate", "Sizes", "estimate", "offline", "sizes_of", "splitting"]
+
+# Configurations of the models of the recipes, as far as sizes go: a plan needs no download.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-4B-Base": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-14B-Base": {
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 17408,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    },
+}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
+# TRL's fused head: tokens by vocabulary of one tile.
+_TILE_TOKENS, _TILE_WIDTH = 4096, 8192
+# A prompt's tokens where no limit is given.
+_PROMPT = 512
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model.
+
+    Attributes:
+        total: Parameters, with those of adapters.
+        trainable: Those that are trained.
+        head: Parameters of the output layer, 0 if they are not trained.
+        layers: Number of layers.
+        hidden: Width.
+        attention: Numbers per token and layer that attention keeps: queries, keys and values.
+        cached: Those of keys and values.
+        intermediate: Width of the MLP.
+        vocabulary: Number of tokens.
+        context: Most tokens of a sequence; None where the configuration does not say.
+        origin: Where the configuration is from.
+    """
+
+    total: int
+    trainable: int
+    head: int
+    layers: int
+    hidden: int
+    attention: int
+    cached: int
+    intermediate: int
+    vocabulary: int
+    context: int | None
+    origin: str
+
+
+def sizes_of(name: str, peft: Any = None, *, revision: str | None = None) -> Sizes | None:
+    """The sizes of a model by name; None where nothing here knows its configuration.
+
+    Args:
+        name: A directory, or a name on the Hub that lies in the cache or belongs to a recipe.
+        peft: The configuration of adapters, of `peft`; None for none.
+        revision: Of the Hub.
+
+    Raises:
+        ValueError: The adapters do not fit the model.
+    """
+    found = _config_of(name, revision)
+    if found is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config, origin = found
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    if peft is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft)
+    parameters = list(model.parameters())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width
+    return Sizes(
+        total=sum(one.numel() for one in parameters),
+        trainable=sum(one.numel() for one in parameters if one.requires_grad),
+        head=0 if peft is not None else head,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        attention=config.num_attention_heads * width + cached,
+        cached=cached,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None),
+        origin=origin,
+    )
+
+
+def _config_of(name: str, revision: str | None) -> tuple[Any, str] | None:
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return AutoConfig.from_pretrained(path), str(path)
+    with offline(), contextlib.suppress(Exception):  # not in the cache, in whatever words
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True), "the cache of the Hub"
+    if name in _KNOWN:
+        known = dict(_KNOWN[name])
+        return AutoConfig.for_model(known.pop("model_type"), **known), "the table of the recipes"
+    return None
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Nothing is downloaded here: what is not in the cache is missing at once."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    kept = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    for module, _ in kept:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, value in kept:
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+def splitting(accelerate_config: Path | None) -> str:
+    """How processes share the model: "none", "zero2", "zero3" or "fsdp"."""
+    if accelerate_config is None:
+        return "none"
+    import yaml
+
+    found = yaml.safe_load(accelerate_config.read_text(encoding="utf-8")) or {}
+    kind = str(found.get("distributed_type", "NO")).upper()
+    if kind == "FSDP":
+        return "fsdp"
+    if kind == "DEEPSPEED":
+        stage = (found.get("deepspeed_config") or {}).get("zero_stage", 2)
+        return {0: "none", 1: "zero1", 2: "zero2", 3: "zero3"}.get(int(stage), "zero2")
+    return "none"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one process needs, by what for.
+
+    Attributes:
+        training: What is there during an update: name to bytes and how they come about.
+        sampling: What is added while answers are sampled, the model's weights apart.
+    """
+
+    training: dict[str, tuple[float, str]]
+    sampling: dict[str, tuple[float, str]]
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the weights alone."""
+        return self.training["weights"][0]
+
+
+def estimate(sizes: Sizes, trainer: Any, model: Any, *, processes: int, split: str, max_prompt: int | None) -> Estimate:
+    """What one process needs.
+
+    Args:
+        sizes: Of the model.
+        trainer: A `CTPOConfig`.
+        model: A `trl.ModelConfig`.
+        processes: In all.
+        split: What `splitting` says.
+        max_prompt: Most tokens of a prompt; None where there is no limit.
+    """
+    held = 0.5 if model.load_in_4bit else 1.0 if model.load_in_8bit else _BYTES.get(model.dtype or "float32", 4.0)
+    reckon = 2.0 if trainer.bf16 or trainer.fp16 else 4.0
+    kept = _BYTES.get(model.dtype or "float32", 4.0) if sizes.trainable == sizes.total else 4.0
+    deepspeed = split.startswith("zero")
+    if deepspeed and reckon == 2.0:
+        held = min(held, 2.0)  # DeepSpeed keeps the float32 weights with the optimizer
+    by = {name: processes if split in splits else 1 for name, splits in _SPLITS.items()}
+
+    def part(count: float, each: float, among: int) -> tuple[float, str]:
+        how = f"{_count(count)} x {each:g} bytes" + (f" / {among}" if among > 1 else "")
+        return count * each / among, how
+
+    gradient = 2.0 if deepspeed and reckon == 2.0 else kept
+    states = _states(trainer.optim, kept) + (4.0 if deepspeed and reckon == 2.0 else 0.0)
+    prompt = max_prompt or _PROMPT
+    length = prompt + trainer.max_completion_length
+    tokens = trainer.per_device_train_batch_size * length
+    layer = (8 * sizes.hidden + 2 * sizes.attention + 4 * sizes.intermediate) * reckon
+    if trainer.activation_checkpointing:
+        active, how = tokens * (sizes.layers * sizes.hidden * reckon + layer), "checkpointed, one layer in full"
+    else:
+        active, how = tokens * sizes.layers * layer, "of all layers"
+    training = {
+        "weights": part(sizes.total, held, by["weights"]),
+        "gradients": part(sizes.trainable, gradient, by["gradients"]),
+        "optimizer": part(sizes.trainable, states, by["optimizer"]),
+    }
+    if reckon < held:
+        copies, where = (sizes.total, "all") if by["weights"] == 1 else (sizes.total / sizes.layers, "one layer")
+        training["16-bit copies"] = (copies * reckon, f"of the weights, {where}")
+    if by["weights"] > 1 and deepspeed:
+        training["gathered"] = (sizes.total / sizes.layers * held, "weights of one layer")
+    training["activations"] = (active, f"{trainer.per_device_train_batch_size} x {length} tokens, {how}")
+    head = _TILE_TOKENS * min(_TILE_WIDTH, sizes.vocabulary) * 4.0 + sizes.head * 4.0
+    training["head"] = (head, "tiles of logits, gradient in float32")
+    if trainer.beta:
+        training["reference"] = (0.0, "adapters switched off") if model.use_peft else training["weights"]
+    sampling = {}
+    if not trainer.use_vllm:
+        answers = trainer.per_device_train_batch_size * trainer.steps_per_generation
+        sampling["keys and values"] = (
+            answers * length * sizes.layers * sizes.cached * reckon,
+            f"{answers} x {length} tokens, all answers of a rollout batch at once",
+        )
+    elif trainer.vllm_mode == "colocate":
+        own = sizes.total * 2.0 / trainer.vllm_tensor_parallel_size
+        sampling["vLLM's weights"] = (own, f"16 bits, over {trainer.vllm_tensor_parallel_size} GPUs")
+    return Estimate(training, sampling)
+
+
+# What is split over all processes, by what splits.
+_SPLITS = {
+    "weights": ("fsdp", "zero3"),
+    "gradients": ("fsdp", "zero2", "zero3"),
+    "optimizer": ("fsdp", "zero1", "zero2", "zero3"),
+}
+
+
+def _states(optimizer: str, kept: float) -> float:
+    """Bytes of the optimizer's states by trainable parameter."""
+    name = str(getattr(optimizer, "value", optimizer))
+    if "8bit" in name:
+        return 2.0
+    if "4bit" in name:
+        return 1.0
+    if "adafactor" in name or name in ("sgd", "lomo", "adalomo"):
+        return 0.0
+    if "lion" in name or "rmsprop" in name or "adagrad" in name:
+        return kept
+    return 2 * kept
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f}"

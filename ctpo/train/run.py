@@ -1,0 +1,679 @@
+r"""What `ctpo train` does: a plan, processes, a model, data, rewards, a training that can be continued, and a report.
+
+Everything of a run is kept in its `output_dir`:
+
+=======================  ===============================================================================================
+run.json                 settings, versions, fingerprints of model and data: what the run was begun with
+initial_model/           the model that "toy" stands for
+evaluation/before/       what the model could do, see `ctpo.train.evaluation`; likewise evaluation/after
+checkpoint-N/            to go on from
+traces/, runs/           log-probabilities and logs, where they were asked for
+model/                   the trained model, or its adapter, with a card
+summary.json             written last: where it is, the run is finished
+=======================  ===============================================================================================
+
+The same words lead on from wherever the run was stopped; other settings in the same directory are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctpo.train._options import Options, Plan, RunConfig, find_accelerate_config, parse
+
+__all__ = ["RunConfig", "train"]
+
+_log = logging.getLogger(__name__)
+
+RUN, SUMMARY, MODEL, CARD = "run.json", "summary.json", "model", "README.md"
+_FORMAT = "ctpo run 1"
+_INTERRUPTED = 130
+# Variables by which launchers tell processes of one another.
+_LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_DISTRIBUTED = (*_LAUNCHED, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
+# What may change between the beginning of a run and its end, besides what `_checkpoints` lists.
+_FREE_HERE = ("accelerate_config", "machine_rank", "main_process_ip", "main_process_port", "log_ratio_traces")
+_LENGTH = ("max_steps", "num_train_epochs")
+_FREE_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+class _Stopped(Exception):
+    """A signal ended the training; what was done is saved."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__()
+        self.status = status
+
+
+def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
+    """Do what `ctpo train` does.
+
+    Args:
+        words: What follows `ctpo train`: ``--config RECIPE`` and options, see `docs/trainer.md`.
+        width: Columns of the terminal.
+
+    Returns:
+        The text to print ("" in processes that have nothing to say), and the exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        ValueError: An option, a file, the model or the data is not what it has to be, or the directory belongs to a
+            run with other settings.
+        OSError: Something cannot be written.
+
+    Example:
+        >>> text, status = train(["--config", "toy", "--dry-run"])
+        >>> print(text.splitlines()[0], status)
+        ctpo train, recipe toy: a dry run, nothing is trained or written 0
+    """
+    if not words:
+        from ctpo.train._options import recipe_names
+
+        raise ValueError(f"nothing to train: --config {', '.join(recipe_names())} or a YAML file; --help says more")
+    with _calm():
+        options = parse(words)
+        if options.dry_run:
+            from ctpo.train._plan import plan_text
+
+            return plan_text(options, width=width), 0
+        if not _is_launched():
+            if (status := _launch(options, words)) is not None:
+                return "", status
+        try:
+            return _run(options, width), 0
+        except _Stopped as stopped:
+            return "", stopped.status
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def _is_launched() -> bool:
+    return any(name in os.environ for name in _LAUNCHED)
+
+
+def _launch(options: Options, words: Sequence[str]) -> int | None:
+    """Launch the processes that were asked for, and return their exit status; None where this process is enough."""
+    import torch
+
+    from ctpo.train._plan import processes_of
+
+    run = options.run_config()
+    processes = processes_of(run)
+    if run.accelerate_config is None and processes == 1:
+        visible = torch.cuda.device_count()
+        if visible > 1 and not options.given.get("use_cpu"):
+            if run.num_processes is None:
+                raise ValueError(
+                    f"{visible} GPUs are here: say how many processes to train with, --num_processes {visible} or 1"
+                )
+            # Else transformers would put a copy of the model on every one of them.
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+            os.environ["CUDA_VISIBLE_DEVICES"] = first
+        return None
+    # Mistakes are said here, once, rather than by every process.
+    options.plan(world_size=processes)
+    name = run.accelerate_config
+    if name is None:
+        name = "cpu" if options.given.get("use_cpu") else "multi_gpu"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(find_accelerate_config(name)), "--num_processes", str(processes)]
+    if run.num_machines > 1:
+        command += ["--num_machines", str(run.num_machines), "--machine_rank", str(run.machine_rank)]
+        command += ["--main_process_ip", str(run.main_process_ip)]
+    if run.main_process_port is not None:
+        command += ["--main_process_port", str(run.main_process_port)]
+    process = subprocess.Popen([*command, "--module", "ctpo", "train", *words])
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:
+            continue  # the terminal has sent it to all of them, too: they save, and end
+    if status not in (0, _INTERRUPTED):
+        print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
+    return status if 0 <= status < 256 else 1
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Without the bars and remarks of those who load and train models; warnings that concern the user are ours."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        import datasets
+        from huggingface_hub.utils import disable_progress_bars
+
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    ours = logging.getLogger("ctpo")
+    ours.addHandler(handler)
+    kept, ours.propagate = ours.propagate, False
+    try:
+        with warnings.catch_warnings():
+            # Of TRL and transformers about each other's names, and of torch about what they do.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", module=r"(torch|accelerate|peft|trl|transformers)\.")
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.propagate = kept
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"! {' '.join(record.getMessage().split())}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+def _run(options: Options, width: int) -> str:
+    from ctpo.train._checkpoints import check_writable
+    from ctpo.train._report import card, summary_text
+    from ctpo.train._run_directory import RunDirectory, read_json
+
+    plan = options.plan()
+    if not options.given.get("output_dir"):
+        raise ValueError("output_dir is missing: the directory where everything of the run is kept")
+    first = _rank() == 0
+    output = Path(plan.trainer.output_dir)
+    if not first:
+        # One voice. What goes wrong in this process alone still ends it, with a traceback.
+        sys.stdout = open(os.devnull, "w")
+        logging.getLogger("ctpo").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        files = None
+        if first:
+            check_writable(output)
+            files = stack.enter_context(RunDirectory(output))
+        data = _data(plan)
+        record = _record(plan, data)
+        if first and (output / RUN).exists():
+            begun = read_json(output / RUN)
+            _refuse_others(output, begun, record)
+            if (output / SUMMARY).exists() and _same_length(begun, record):
+                _note(f"{output} is finished; another output_dir begins anew")
+                return summary_text(read_json(output / SUMMARY), width=width)
+        elif first:
+            _refuse_foreign(output)
+        if files is not None:
+            files.write_json(RUN, record)
+        model = _initial_model(plan, output)
+        _evaluate(plan, model, "before")
+        history, steps = _train(plan, model, data)
+        _evaluate(plan, str(output / MODEL), "after")
+        if files is None:
+            return ""
+        summary = _summary(plan, history, steps)
+        text = card(plan, summary, record["versions"], record["machine"]["accelerator"] or "a processor")
+        files.write(f"{MODEL}/{CARD}", lambda file: file.write(text.encode()))
+        files.write_json(SUMMARY, summary)
+        return summary_text(summary, width=width)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _note(text: str) -> None:
+    if _rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _wait() -> None:
+    """Until all processes are here, however long one of them evaluates."""
+    import datetime
+
+    import torch.distributed as distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        distributed.barrier(group)
+        distributed.destroy_process_group(group)
+
+
+# ------------------------------------------------------------------------------------------------- settings of the run
+
+
+def _record(plan: Plan, data: Sequence[Any]) -> dict[str, Any]:
+    """What the run depends on."""
+    from ctpo.train._run_settings import describe_model, digest, machine, plain, versions
+
+    settings: dict[str, Any] = {}
+    for part in (plan.run, plan.model, plan.trainer):
+        settings |= {own.name: getattr(part, own.name) for own in dataclasses.fields(part)}
+    name = str(plan.model.model_name_or_path)
+    fingerprint = None if name.partition("?")[0] == "toy" else describe_model(name)["fingerprint"]
+    found: dict[str, Any] = plain(
+        {
+            "format": _FORMAT,
+            "settings": settings,
+            "model": {"name": name, "fingerprint": fingerprint},
+            "problems": {"count": len(data), "fingerprint": digest([problem.row() for problem in data])},
+            "world_size": plan.trainer.world_size,
+            "versions": versions(),
+            "machine": machine(),
+        }
+    )
+    return found
+
+
+def _refuse_others(output: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that would be another one from here on."""
+    from ctpo.train._checkpoints import _FREE, _FREE_PREFIXES
+    from ctpo.train._run_settings import changes_between
+
+    if begun.get("format") != _FORMAT:
+        raise ValueError(f"{output / RUN} was not written by this version of ctpo; choose another output_dir")
+    free = set(_FREE) | set(_FREE_HERE)
+    if now["settings"]["lr_scheduler_type"] in _FREE_SCHEDULES:
+        # A run without an end in its schedule may go on beyond it.
+        free |= set(_LENGTH)
+    own = {entry.name for entry in dataclasses.fields(RunConfig)}  # not free: its "eval_..." belong to the result
+
+    def binding(record: Mapping[str, Any]) -> dict[str, Any]:
+        # Not "data": of that name, `changes_between` expects fingerprints.
+        return {
+            "sources" if name == "data" else name: value
+            for name, value in record["settings"].items()
+            if name not in free and (name in own or not name.startswith(_FREE_PREFIXES))
+        }
+
+    kept = binding(begun), binding(now)
+    changes = changes_between(*kept, ("there", "now"))
+    if begun["problems"] != now["problems"] and not any(change.startswith("sources ") for change in changes):
+        changes.append("the problems of data have changed in between")
+    if begun["world_size"] != now["world_size"]:
+        changes.append(f"{begun['world_size']} processes there, {now['world_size']} now")
+    if None not in (prints := [begun["model"]["fingerprint"], now["model"]["fingerprint"]]) and prints[0] != prints[1]:
+        changes.append(f"the model {now['model']['name']} has changed in between")
+    if changes and _is_bound(output, begun, now):
+        raise ValueError(
+            f"{output} was begun with other settings: {'; '.join(changes)}. Go on with what it was begun with, or "
+            "choose another output_dir"
+        )
+
+
+def _is_bound(output: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether there is anything yet that belongs to the settings that a run was begun with."""
+    samples = [path for path in output.glob("evaluation/*/samples.jsonl") if path.stat().st_size]
+    other_model = begun["model"]["name"] != now["model"]["name"]
+    return bool(
+        samples
+        or any(output.glob("checkpoint-*"))
+        or (output / MODEL).exists()
+        or (other_model and (output / "initial_model").exists())
+    )
+
+
+def _same_length(begun: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return all(begun["settings"][name] == now["settings"][name] for name in _LENGTH)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a directory in which something else lies."""
+    found = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ValueError(f"output_dir {output} holds {shown}, which no run of ctpo wrote there; choose an empty one")
+
+
+# ------------------------------------------------------------------------------------------------------- model and data
+
+
+def _initial_model(plan: Plan, output: Path) -> str:
+    """The model's name, or the directory of the toy, made here if it is not there."""
+    name = str(plan.model.model_name_or_path)
+    if name.partition("?")[0] != "toy":
+        return name
+    from ctpo.train.toy import make_toy, toy_options
+
+    path = output / "initial_model"
+    if _rank() == 0 and not path.exists():
+        given = toy_options(name)
+        _note(f"making the toy model in {path}")
+        make_toy(path, **given, progress=_warm_up_progress())
+    _wait()
+    return str(path)
+
+
+def _warm_up_progress() -> Callable[[int, int, float], None]:
+    terminal = sys.stderr.isatty()
+
+    def show(step: int, steps: int, loss: float) -> None:
+        if terminal:
+            end = "\n" if step == steps else ""
+            print(f"\rwarm-up: step {step} of {steps}, loss {loss:.3f} ", end=end, file=sys.stderr, flush=True)
+        elif step % 100 == 0 or step == steps:
+            _note(f"warm-up: step {step} of {steps}, loss {loss:.3f}")
+
+    return show
+
+
+def _data(plan: Plan) -> list[Any]:
+    from ctpo.train._plan import load_training_problems
+
+    return load_training_problems(plan.run, plan.run.data, plan.run.limit).problems
+
+
+def _dtype(plan: Plan) -> str:
+    return "bfloat16" if plan.trainer.bf16 else "float16" if plan.trainer.fp16 else "float32"
+
+
+def _short_enough(plan: Plan, tokenizer: Any, problems: list[Any]) -> list[Any]:
+    """The problems whose prompts, with what they say of the tool, are not too long."""
+    most = plan.run.max_prompt_tokens
+    if most is None:
+        return problems
+    from ctpo.train._plan import tool_form
+    from ctpo.train.data import DataError
+
+    form = tool_form(plan, tokenizer)
+    lengths = [len(form.prompt_ids(problem.prompt)) for problem in problems]
+    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= most]
+    if not kept:
+        raise DataError(f"max_prompt_tokens={most} leaves no problem: the shortest prompt has {min(lengths)}")
+    if len(kept) < len(problems):
+        _log.warning("left out %d of %d problems: prompts of more than %d tokens", len(problems) - len(kept),
+                     len(problems), most)  # fmt: skip
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _evaluate(plan: Plan, model: str, when: str) -> None:
+    """Evaluate a model into OUTPUT_DIR/evaluation/WHEN, if that was asked for; the first process does."""
+    if not plan.run.eval_data or (when == "before" and not plan.run.eval_before):
+        return
+    if _rank() == 0 and not (_is_of(folder := _folder(plan, when), model) and (folder / "results.json").exists()):
+        _note(f"evaluating the model {when} the training")
+        if plan.trainer.world_size > 1 or plan.trainer.device.type != "cpu":
+            _evaluate_apart(plan.options, model, when)
+        else:
+            _evaluate_here(plan, model, when)
+    _wait()
+
+
+def _folder(plan: Plan, when: str) -> Path:
+    return Path(plan.trainer.output_dir) / "evaluation" / when
+
+
+def _is_of(folder: Path, model: str) -> bool:
+    """Whether an evaluation was begun with this very model, not with what it was before it was trained further."""
+    from ctpo.train._run_directory import read_json
+    from ctpo.train._run_settings import describe_model
+
+    if not (folder / "settings.json").exists():
+        return True
+    begun = read_json(folder / "settings.json")["settings"]["model"]["fingerprint"]
+    return None in (found := [begun, describe_model(model)["fingerprint"]]) or found[0] == found[1]
+
+
+def _evaluate_here(plan: Plan, model: str, when: str) -> None:
+    from ctpo.train.evaluation import evaluate
+    from ctpo.train.generation import Sampling
+
+    run, trainer, folder = plan.run, plan.trainer, _folder(plan, when)
+    rounds = trainer.max_tool_calling_iterations
+    loading = {
+        "columns": run.column_names(),
+        "limit": run.eval_limit,
+        "system_prompt": run.system_prompt,
+        "instruction": run.instruction,
+        "on_bad_row": "skip" if run.skip_bad_rows else None,
+    }
+    with contextlib.ExitStack() as stack:
+        evaluate(
+            _with_eos(model, run.eos_token, plan) if run.eos_token else model,
+            list(run.eval_data or []),
+            output=folder,
+            overwrite=not _is_of(folder, model),
+            samples=run.eval_samples,
+            sampling=Sampling(
+                run.eval_max_tokens or trainer.max_completion_length, run.eval_temperature, run.eval_top_p
+            ),
+            tools=trainer.python_tool,
+            max_rounds=1000 if rounds is None else rounds,
+            sandbox=_sandbox(plan, stack) or "auto",
+            rewards=run.rewards,
+            seed=run.eval_seed,
+            batch_size=run.eval_batch_size,
+            chat_template_kwargs=trainer.chat_template_kwargs,
+            backend=run.eval_backend,
+            dtype=_dtype(plan),
+            device="cpu" if trainer.use_cpu else "auto",
+            **{name: value for name, value in loading.items() if value is not None},
+        )
+
+
+def _with_eos(model: str, eos_token: str, plan: Plan) -> Any:
+    """A generator whose answers end with that token, too."""
+    from ctpo.train._plan import set_eos
+    from ctpo.train.generation import open_generator
+
+    run = plan.run
+    device = "cpu" if plan.trainer.use_cpu else "auto"
+    generator = open_generator(
+        model, backend=run.eval_backend, batch_size=run.eval_batch_size or 32, dtype=_dtype(plan), device=device
+    )
+    set_eos(generator.tokenizer, eos_token)
+    generator.eos_token_ids |= {generator.tokenizer.eos_token_id}
+    return generator
+
+
+def _sandbox(plan: Plan, stack: contextlib.ExitStack) -> Any:
+    """Where the tool runs, with the limits of the trainer's settings; None without the tool."""
+    trainer = plan.trainer
+    if trainer.python_tool == "none":
+        return None
+    from ctpo.train.sandbox import Limits, SandboxUnavailable, open_sandbox
+
+    limits = Limits(timeout=trainer.python_timeout, output=trainer.python_output)
+    try:
+        return stack.enter_context(open_sandbox(trainer.python_sandbox, limits=limits))
+    except SandboxUnavailable as error:
+        raise ValueError(str(error)) from None
+
+
+def _evaluate_apart(options: Options, model: str, when: str) -> None:
+    """Evaluate in a process of its own: what it takes of a GPU is given back, and no launcher's variable reaches it."""
+    import multiprocessing
+
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if _of_launcher(name)}
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=_apart, args=(options, model, when))
+        process.start()
+    finally:
+        os.environ.update(kept)
+    process.join()
+    if process.exitcode:
+        if process.exitcode == _INTERRUPTED:
+            raise KeyboardInterrupt
+        raise ValueError(f"the evaluation ended with status {process.exitcode}, see above")
+
+
+def _of_launcher(name: str) -> bool:
+    return name in _DISTRIBUTED or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_"))
+
+
+def _apart(options: Options, model: str, when: str) -> None:
+    status = 0
+    with _calm():
+        try:
+            _evaluate_here(options.plan(), model, when)
+        except (ValueError, OSError) as error:
+            print(f"ctpo train: {error}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def _train(plan: Plan, model: str, problems: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """Train from the last checkpoint on; returns what was logged and the number of steps."""
+    from ctpo.train._checkpoints import last_checkpoint
+    from ctpo.train.rewards import Rewards
+
+    output = Path(plan.trainer.output_dir)
+    checkpoint, skipped = last_checkpoint(output)
+    for path, reason in skipped:
+        _log.warning("%s %s; it is left aside", path, reason)
+    with contextlib.ExitStack() as stack:
+        rewards = stack.enter_context(Rewards(plan.run.rewards))
+        trainer = _trainer(plan, model, problems, scored(rewards.as_trl()), _sandbox(plan, stack))
+        resumed = plan.trainer.resume_from_checkpoint or (None if checkpoint is None else str(checkpoint))
+        if resumed:
+            _note(f"going on from {resumed}")
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except Exception as error:
+            raise _clear(error, plan, output) from error
+        history, steps = list(trainer.state.log_history), int(trainer.state.global_step)
+        if trainer.interrupted_by is not None:
+            _note("the same command goes on from there")
+            raise _Stopped(128 + int(trainer.interrupted_by))
+        if not steps:
+            raise ValueError("nothing was trained: the data does not fill a rollout batch, see ctpo train --dry-run")
+        try:
+            trainer.save_model(str(output / MODEL))
+        except Exception as error:
+            raise _clear(error, plan, output) from error
+        trainer.end()
+        del trainer
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _wait()
+    return history, steps
+
+
+def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., list[float]], sandbox: Any) -> Any:
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from ctpo.train._plan import set_eos
+    from ctpo.train._progress import Progress
+    from ctpo.train.data import to_dataset
+    from ctpo.train.generation import load_model, load_tokenizer
+    from ctpo.train.trainer import CTPOTrainer
+
+    args, path = plan.trainer, Path(model).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {model!r} is a LoRA adapter; merge it into its base model (merge_and_unload), or give that"
+        )
+    loaded: Any = model
+    if path.is_file():
+        loaded, tokenizer = load_model(path, dtype=plan.model.dtype or "auto", device="cpu")
+        loaded.train()
+    else:
+        tokenizer = load_tokenizer(model)
+        args.model_init_kwargs = {
+            "revision": plan.model.model_revision,
+            "dtype": plan.model.dtype,
+            "attn_implementation": plan.model.attn_implementation,
+            **(args.model_init_kwargs or {}),
+        }
+    if tokenizer.chat_template is None:
+        raise ValueError(f"model {model!r}: its tokenizer has no chat template, which this training needs")
+    set_eos(tokenizer, plan.run.eos_token)
+    kept = _short_enough(plan, tokenizer, problems)
+    needed = args.generation_batch_size // args.num_generations
+    if len(kept) < needed:
+        raise ValueError(
+            f"data has {len(kept)} problems, a rollout batch needs {needed} prompts (generation_batch_size "
+            f"{args.generation_batch_size} / num_generations {args.num_generations}): add data or make it smaller"
+        )
+    args.disable_tqdm = True
+    try:
+        trainer = CTPOTrainer(
+            loaded,
+            reward_funcs=[reward],
+            args=args,
+            train_dataset=to_dataset(kept),
+            processing_class=tokenizer,
+            quantization_config=None if loaded is not model else get_quantization_config(plan.model),
+            peft_config=get_peft_config(plan.model),
+            sandbox=sandbox,
+        )
+    except Exception as error:
+        raise _clear(error, plan, Path(args.output_dir), f"model {model!r} cannot be trained") from error
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    trainer.create_model_card = lambda *_, **__: None  # TRL's, at every checkpoint; ours comes at the end
+    return trainer
+
+
+def scored(function: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """A reward function of TRL that scores what the model wrote after the last output of its tool."""
+
+    def total(prompts: Any, completions: Any, rollout_answer: Any = None, **columns: Any) -> list[float]:
+        return function(prompts, completions if rollout_answer is None else rollout_answer, **columns)
+
+    return total
+
+
+def _clear(error: Exception, plan: Plan, output: Path, what: str = "") -> Exception:
+    """The error in one line, where it is of a kind that is no mistake in a program."""
+    text = " ".join(str(error).split())
+    before = f"{what}: " if what else ""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
+        size = plan.trainer.per_device_train_batch_size
+        return ValueError(
+            f"out of memory: make per_device_train_batch_size={size} smaller and gradient_accumulation_steps and "
+            "steps_per_generation as much larger, or use activation_checkpointing, LoRA (use_peft) or more processes; "
+            "ctpo train --dry-run estimates the memory"
+        )
+    if isinstance(error, OSError) or "No space left" in text or "StorageFull" in text:
+        from ctpo.train._checkpoints import last_checkpoint
+
+        last, _ = last_checkpoint(output)
+        kept = (
+            "" if last is None or "checkpoint" in text else f"; {last} is intact, the same command goes on from there"
+        )
+        return OSError(f"{before}{text}{kept}")
+    if isinstance(error, ValueError | ImportError):
+        return type(error)(f"{before}{text}")
+    return error
+
+
+def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    from ctpo.train._report import summarize
+    from ctpo.train._run_directory import read_json
+    from ctpo.train.evaluation import compare
+
+    folders = {when: _folder(plan, when) for when in ("before", "after")}
+    finished = {when: folder for when, folder in folders.items() if (folder / "results.json").exists()}
+    return summarize(
+        history=history,
+        steps=steps,
+        updates_per_rollout=plan.trainer.updates_per_rollout,
+        output_dir=Path(plan.trainer.output_dir),
+        evaluations={when: read_json(folder / "results.json") for when, folder in finished.items()},
+        comparison=compare(*finished.values()) if len(finished) == 2 else None,
+    )
