@@ -60,22 +60,25 @@ def rewards(completions: list[str], **_: Any) -> list[float]:
 def made(
     kind: type[GRPOTrainer] = CTPOTrainer,
     *,
-    model: Any = None,
+    saved: Path | None = None,
     directory: str | Path | None = None,
     reward: Callable[..., list[Any]] = rewards,
     peft: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Any:
-    """A trainer of a tiny model; half of its tokens end a completion, so that lengths differ."""
+    """A trainer of a tiny model, of which some tokens end a completion, so that lengths differ."""
     given, tokenizer = tiny_chat_model()
+    if saved is not None:  # a reference model is loaded from where the model came from
+        given.save_pretrained(saved)
+        given = type(given).from_pretrained(saved)
     given.generation_config.eos_token_id = [*range(40), given.config.eos_token_id]
     settings = CTPOConfig if issubclass(kind, CTPOTrainer) else GRPOConfig
     defaults: dict[str, Any] = {"max_completion_length": HORIZON, "disable_tqdm": True, "learning_rate": 1e-2}
     config = config_on_cpu(directory or tempfile.gettempdir(), settings, **defaults | options)
     data = Dataset.from_dict({"prompt": ["a question" + "?" * length for length in range(8)]})
     trainer = kind(
-        model or given.to(dtype),
+        given.to(dtype),
         reward_funcs=reward,
         args=config,
         train_dataset=data,
@@ -397,3 +400,131 @@ def test_every_parameter_gradient(estimator: str) -> None:
         assert_close(found[name].grad, parameter.grad, scale=float(parameter.grad.abs().max()), tolerance=2e-4)
         total += float(parameter.grad.abs().sum())
     assert total > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bit for bit TRL, where the estimator is one of its losses.
+
+PEERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({}, {"loss_type": "grpo"}),
+    "grpo-window": (
+        {"clip_low": 0.1, "clip_high": 0.3, "beta": 0.05, "top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+        {"epsilon": 0.1, "epsilon_high": 0.3, "loss_type": "grpo"},
+    ),
+    "dapo": ({}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dr_grpo": ({"scale_rewards": "none"}, {"loss_type": "dr_grpo"}),
+    "ppo": ({}, {"loss_type": "dapo", "delta": 3.0}),
+    "gspo": ({}, {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
+    "luspo": ({}, {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
+    "cispo": ({}, {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "sapo": ({"sapo_temperature_pos": 2.0}, {"loss_type": "sapo"}),
+    "vespo": ({"vespo_k_pos": 2.5}, {"loss_type": "vespo"}),
+    "opsm": ({"off_policy_mask_threshold": 0.02}, {"loss_type": "grpo"}),
+}  # fmt: skip
+SCHEDULES = {
+    "on-policy": {"max_steps": 3},
+    "off-policy": {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 6},
+}
+OWN_METRICS = ("noise_floor/", "position/", "clip/", "step_time", "train_runtime", "train_samples", "train_steps")
+
+
+def trained(kind: type[GRPOTrainer], **options: Any) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Parameters and what was logged, but for times, after training."""
+    trainer = made(kind, **options)
+    trainer.train()
+    logged = [{key: value for key, value in entry.items() if "time" not in key} for entry in trainer.state.log_history]
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()], logged
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PEERS)
+def test_steps_are_those_of_trl(name: str, schedule: str, tmp_path: Path) -> None:
+    common, peer = PEERS[name]
+    estimator = name.partition("-")[0]
+    trl_options = {key: value for key, value in common.items() if not key.startswith("clip_")} | peer
+    common = common | SCHEDULES[schedule]
+    saved = tmp_path if "beta" in common else None
+    ours, our_log = trained(CTPOTrainer, saved=saved, estimator=estimator, **common)
+    theirs, their_log = trained(GRPOTrainer, saved=saved, disable_dropout=True, **trl_options | SCHEDULES[schedule])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(our_log, their_log, strict=True):
+        shared = set(a) & set(b) - {key for key in b if key.startswith(OWN_METRICS)}
+        assert {"loss", "grad_norm"} <= shared or "train_loss" in shared
+        for key in shared:
+            assert a[key] == b[key], key
+    untrained, _ = tiny_chat_model()
+    assert not all(torch.equal(a, b) for a, b in zip(ours, untrained.parameters(), strict=True))
+
+
+def test_another_window_gives_other_steps() -> None:
+    """What the test above would see."""
+    schedule = SCHEDULES["off-policy"]
+    ours, _ = trained(CTPOTrainer, estimator="grpo", clip_high=0.25, **schedule)
+    theirs, _ = trained(GRPOTrainer, disable_dropout=True, loss_type="grpo", **schedule)
+    assert not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Old log-probabilities.
+
+
+def watched(kind: type[GRPOTrainer]) -> type[GRPOTrainer]:
+    """Keeps old and new log-probabilities of the policy tokens of every update in `seen`, and counts scorings."""
+
+    class Watched(kind):  # type: ignore[misc,valid-type]
+        updated: Tensors | None = None
+        scorings = 0
+
+        def _compute_loss(self, model: Any, inputs: Tensors) -> torch.Tensor:
+            self.updated = inputs
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                self.updated = None
+
+        def _get_per_token_logps_and_entropies(self, *args: Any, **options: Any) -> Any:
+            found = super()._get_per_token_logps_and_entropies(*args, **options)
+            self.scorings += 1
+            if self.updated is not None:
+                mask = self.updated["completion_mask"].bool()
+                old = self.updated.get("old_per_token_logps", found[0]).detach()
+                self.__dict__.setdefault("seen", []).append((self._step, old[mask], found[0].detach()[mask]))
+            return found
+
+    return Watched
+
+
+REUSED = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "autocast": {"bf16": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "lora": {"bf16": True, "peft": LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])},
+    "checkpointing": {"bf16": True, "activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_first_ratios_after_a_rollout_are_exactly_1(precision: str) -> None:
+    """Of both micro-batches of the first update; the second update has others."""
+    trainer = made(watched(CTPOTrainer), **REUSED | PRECISIONS[precision])
+    trainer.train()
+    assert len(trainer.seen) == 12
+    moved = 0
+    for step, old, logp in trainer.seen:
+        assert len(old) > 0
+        if step % 4 < 2:
+            assert torch.equal(old, logp)
+        else:
+            moved += int((old != logp).sum())
+    assert moved > 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ratios_of_a_policy_that_stands_still_are_exactly_1(precision: str) -> None:
+    """In all micro-batches and both epochs."""
+    options = REUSED | PRECISIONS[precision] | {"learning_rate": 0.0, "num_iterations": 2, "max_steps": 8}
+    trainer = made(watched(CTPOTrainer), **options)
+    trainer.train()
+    assert len(trainer.seen) == 16
+    assert all(torch.equal(old, logp) for _, old, logp in trainer.seen)

@@ -16,6 +16,7 @@ A signal ends a run after the running step, with a checkpoint.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -145,7 +146,9 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
             check_writable(self.args.output_dir)
         self.interrupted_by, self._caught, self._seconds_before, self._saved = None, 0, 0.0, None
-        with _first_signal(self._catch):
+        # The evaluation before the first step is not of a run that goes on.
+        on_start = self.args.eval_on_start and path is None
+        with _first_signal(self._catch), self._with(eval_on_start=on_start):
             return super().train(None if path is None else str(path), *args, **options)
 
     def _named(self, asked: str | bool | None) -> Path | None:
@@ -178,6 +181,8 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.ignore_data_skip:
             raise ValueError("ignore_data_skip must be False to resume: the checkpoint knows its place in the data")
         self._compare(path, manifest["settings"])
+        if self.args.dataloader_persistent_workers and self.args.should_save:
+            logger.warning("dataloader_persistent_workers=True: later epochs draw other random numbers after a resume")
         self._reference = path / REFERENCE
         return torch.load(path / self._state_name, map_location="cpu", weights_only=True)
 
@@ -203,7 +208,7 @@ class ResumableTrainer(GRPOTrainer):
             self._data_fingerprint = fingerprint(self.train_dataset)
         found = {
             **self.args.to_dict(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            **_versions(),
             "world_size": self.args.world_size,
             "train_dataset": self._data_fingerprint,
         }
@@ -254,7 +259,7 @@ class ResumableTrainer(GRPOTrainer):
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         # With a limit of 1, transformers would remove all but the best checkpoint: the run could not be continued, nor
         # be known to have ended.
-        with self._without_limit():
+        with self._with(save_total_limit=None):
             return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
     # --------------------------------------------------------------------------------------------------------- saving
@@ -268,7 +273,7 @@ class ResumableTrainer(GRPOTrainer):
         self._saving = True
         try:
             # Rotation waits until this checkpoint is complete.
-            with self._without_limit():
+            with self._with(save_total_limit=None):
                 if writes:
                     begin(path)
                 self.accelerator.wait_for_everyone()
@@ -296,12 +301,14 @@ class ResumableTrainer(GRPOTrainer):
             rotate(directory, self.args.save_total_limit, keep=[] if best is None else [Path(best)])
 
     @contextmanager
-    def _without_limit(self) -> Iterator[None]:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+    def _with(self, **changes: Any) -> Iterator[None]:
+        """Other arguments for a while."""
+        kept = {name: getattr(self.args, name) for name in changes}
+        vars(self.args).update(changes)
         try:
             yield
         finally:
-            self.args.save_total_limit = limit
+            vars(self.args).update(kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:  # else too early: it is not complete
@@ -360,8 +367,9 @@ class ResumableTrainer(GRPOTrainer):
         self._caught = number
         if self.args.process_index == 0:
             # Not print: a handler may run within one.
+            saved = "" if self.args.save_strategy == SaveStrategy.NO else " and saved"
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the running step is finished and saved; once more ends it at once\n".encode())
+            os.write(2, f"\n{name}: the running step is finished{saved}; once more ends it at once\n".encode())
 
     def _is_to_stop(self) -> bool:
         """Whether a signal reached any process, at the end of a step."""
@@ -429,6 +437,11 @@ def fingerprint(dataset: Any) -> str:
 
 def _text(value: Any) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 @contextmanager
