@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,30 +150,24 @@ def offline() -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    kept = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    modules: list[Any] = [constants, datasets.config]
+    kept = [(module, module.HF_HUB_OFFLINE) for module in modules]
     for module, _ in kept:
-        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        module.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         for module, value in kept:
-            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+            module.HF_HUB_OFFLINE = value
 
 
-def splitting(accelerate_config: Path | None) -> str:
-    """How processes share the model: "none", "zero2", "zero3" or "fsdp"."""
-    if accelerate_config is None:
-        return "none"
-    import yaml
-
-    found = yaml.safe_load(accelerate_config.read_text(encoding="utf-8")) or {}
-    kind = str(found.get("distributed_type", "NO")).upper()
-    if kind == "FSDP":
-        return "fsdp"
+def splitting(accelerate: Mapping[str, Any]) -> str:
+    """How processes with a configuration of Accelerate share the model: "none", "zero1" to "zero3", or "fsdp"."""
+    kind = str(accelerate.get("distributed_type", "NO")).upper()
     if kind == "DEEPSPEED":
-        stage = (found.get("deepspeed_config") or {}).get("zero_stage", 2)
-        return {0: "none", 1: "zero1", 2: "zero2", 3: "zero3"}.get(int(stage), "zero2")
-    return "none"
+        stage = int((accelerate.get("deepspeed_config") or {}).get("zero_stage", 2))
+        return f"zero{stage}" if stage else "none"
+    return "fsdp" if kind == "FSDP" else "none"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import os
 import re
 import textwrap
@@ -17,16 +18,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml  # type: ignore[import-untyped]
+
 __all__ = [
     "LAUNCHING",
     "Options",
     "Plan",
     "RunConfig",
+    "accelerate_settings",
     "all_options_text",
     "find_accelerate_config",
     "help_text",
     "parse",
     "recipe_names",
+    "to_yaml",
 ]
 
 Origin = Literal["recipe", "line"]
@@ -68,8 +73,6 @@ _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true 
 
 def _option(default: Any, text: str) -> Any:
     metadata = {"help": text.replace("%", "%%")}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -114,7 +117,10 @@ class RunConfig:
         'math'
     """
 
-    data: list[str] = _option([], "Sources of problems to train on: files, hub:NAME, reasoning-gym:TASK, arithmetic.")
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Sources of problems to train on: files, hub:NAME, reasoning-gym:TASK, arithmetic."},
+    )
     columns: str | None = _option(None, "field=column,... for sources with other names of columns.")
     system_prompt: str | None = _option(None, "System message of every problem, in place of its own.")
     instruction: str | None = _option(None, "Added to the last message of the user.")
@@ -123,7 +129,9 @@ class RunConfig:
     skip_bad_rows: bool = _option(False, "Count bad rows rather than stop at the first.")
     rewards: str = _option("math", "NAME[:WEIGHT],...: math, format, reasoning-gym, package.module:function.")
     eos_token: str | None = _option(None, "Token that ends a turn, where the tokenizer's own is another.")
-    eval_data: list[str] | None = _option(None, "Sources of problems to be measured by, before and after.")
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "Sources of problems to be measured by, before and after."}
+    )
     eval_limit: int | None = _option(None, "At most so many problems of each source of eval_data.")
     eval_samples: int = _option(4, "Answers to each of these problems.")
     eval_temperature: float = _option(1.0, "Temperature of these answers; 0 is greedy.")
@@ -319,9 +327,20 @@ def find_accelerate_config(name: str) -> Path:
     )
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    import yaml
+def accelerate_settings(name: str | None) -> dict[str, Any]:
+    """What a configuration of Accelerate says; nothing for None."""
+    if name is None:
+        return {}
+    path = find_accelerate_config(name)
+    return _read_yaml(path.read_text(encoding="utf-8"), str(path))
 
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as a YAML file has them."""
+    return str(yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         found = yaml.load(text, Loader=_loader())
     except yaml.MarkedYAMLError as error:
@@ -346,7 +365,6 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 @functools.cache
 def _loader() -> Any:
     """Reads YAML 1.2: 1e-6 is a number, "no" and dates are text; and no name twice."""
-    import yaml
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
@@ -393,12 +411,13 @@ def parse(words: Sequence[str]) -> Options:
         found = _read_yaml(text, where)
         _set_environment(found.pop("env", None), where)
     parser = _parser()
-    given, origins = _checked(parser, found, where), {}
-    origins = dict.fromkeys(given, "recipe")
+    given = _checked(parser, found, where)
+    origins: dict[str, Origin] = dict.fromkeys(given, "recipe")
     line = vars(parser.parse_line(words))
     dry_run = bool(line.pop("dry_run", False))
     line.pop("config", None)
-    return Options(name, given | line, {**origins, **dict.fromkeys(line, "line")}, dry_run)  # type: ignore[arg-type]
+    origins |= dict.fromkeys(line, "line")
+    return Options(name, given | line, origins, dry_run)
 
 
 def _config_name(words: Sequence[str]) -> str | None:
@@ -535,7 +554,7 @@ def _declared(kind: Any) -> Iterator[tuple[str, str]]:
     """Fields with the annotations of their classes: TRL's parser writes simpler ones into the fields."""
     written: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        written |= base.__dict__.get("__annotations__", {})
+        written |= inspect.get_annotations(base)
     for own in dataclasses.fields(kind):
         yield own.name, str(written[own.name])
 
@@ -643,7 +662,7 @@ def all_options_text(width: int) -> str:
 
     from ctpo.train.config import CTPOConfig
 
-    own = [entry for entry in dataclasses.fields(CTPOConfig) if entry.name in CTPOConfig.__dict__["__annotations__"]]
+    own = [entry for entry in dataclasses.fields(CTPOConfig) if entry.name in inspect.get_annotations(CTPOConfig)]
     names = {entry.name for entry in own}
     inherited = [entry for entry in dataclasses.fields(GRPOConfig) if entry.name not in names]
     parts = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo.train._memory import Sizes, estimate, offline, sizes_of, splitting
-from ctpo.train._options import LAUNCHING, Options, Plan, RunConfig, find_accelerate_config
+from ctpo.train._options import LAUNCHING, Options, Plan, RunConfig, accelerate_settings
 
 __all__ = ["Loaded", "load_training_problems", "plan_text", "processes_of", "stand_in"]
 
@@ -29,12 +29,7 @@ def processes_of(run: RunConfig) -> int:
     """Processes that a run is launched with."""
     if run.num_processes is not None:
         return run.num_processes
-    if run.accelerate_config is not None:
-        import yaml
-
-        found = yaml.safe_load(find_accelerate_config(run.accelerate_config).read_text(encoding="utf-8")) or {}
-        return int(found.get("num_processes") or 1)
-    return 1
+    return int(accelerate_settings(run.accelerate_config).get("num_processes") or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,8 +337,7 @@ def _memory(plan: Plan, sizes: Sizes | None, processes: int, longest: int | None
     if sizes is None:
         return ["  unknown"]
     run, trainer = plan.run, plan.trainer
-    path = None if run.accelerate_config is None else find_accelerate_config(run.accelerate_config)
-    split = splitting(path)
+    split = splitting(accelerate_settings(run.accelerate_config))
     found = estimate(
         sizes, trainer, plan.model, processes=processes, split=split, max_prompt=run.max_prompt_tokens or longest
     )
@@ -365,8 +359,8 @@ def _memory(plan: Plan, sizes: Sizes | None, processes: int, longest: int | None
         rest = "; asleep during updates" if trainer.vllm_enable_sleep_mode else "; kept during updates"
         lines.append(f"  {'vLLM in all':18}{f'{share:.0%}':>9}   of the GPU, cache of keys and values included{rest}")
     text = (
-        "Estimated: batches at their longest, attention that keeps no matrix of scores (sdpa, flash), no fragmentation, "
-        "without some GB of CUDA itself and of communication."
+        "Estimated: batches at their longest, attention that keeps no matrix of scores (sdpa, flash), no "
+        "fragmentation, without some GB of CUDA itself and of communication."
     )
     if run.max_prompt_tokens is None and longest is None:
         text += " Prompts of 512 tokens are assumed, max_prompt_tokens is not set."
@@ -443,9 +437,8 @@ def _cautions(plan: Plan, sizes: Sizes | None, loaded: Loaded, processes: int, l
         found.append("use_vllm: vLLM is not installed here")
     if run.eval_backend == "vllm" and find_spec("vllm") is None:
         found.append("eval_backend vllm: vLLM is not installed here")
-    if run.accelerate_config and splitting(find_accelerate_config(run.accelerate_config)).startswith("zero"):
-        if find_spec("deepspeed") is None:
-            found.append(f"accelerate_config {run.accelerate_config}: DeepSpeed is not installed here")
+    if splitting(accelerate_settings(run.accelerate_config)).startswith("zero") and find_spec("deepspeed") is None:
+        found.append(f"accelerate_config {run.accelerate_config}: DeepSpeed is not installed here")
     if not trainer.use_cpu:
         import torch
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo.train._drawing import duration
+from ctpo.train._options import to_yaml
 
 __all__ = ["card", "summarize", "summary_text"]
 
@@ -129,7 +130,6 @@ def _interval(one: Mapping[str, Any], *, signed: bool = False) -> str:
 
 def card(plan: Any, summary: Mapping[str, Any], versions: Mapping[str, str], device: str) -> str:
     """The model's README.md: what it is made of, how, what was measured and what was not."""
-    import yaml
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from ctpo.zoo import RECIPES
@@ -161,9 +161,7 @@ def card(plan: Any, summary: Mapping[str, Any], versions: Mapping[str, str], dev
         model_name=title if results else None,
         eval_results=results,
     )
-    given = yaml.safe_dump(
-        {key: value for key, value in plan.options.given.items() if key != "output_dir"}, sort_keys=False
-    )
+    given = to_yaml({key: value for key, value in plan.options.given.items() if key != "output_dir"})
     rows = ["| | " + (after["metric"] if after else "") + " | 95% interval |", "|---|---:|---:|"]
     for part in ("before", "after", "difference"):
         if part in summary["evaluation"]:
@@ -173,8 +171,9 @@ def card(plan: Any, summary: Mapping[str, Any], versions: Mapping[str, str], dev
             rows.append(f"| {part} | {value:.3f} | {ends} |")
     if after:
         measured = [
-            f"{after['problems']} held-out problems ({', '.join(run.eval_data)}), {_count(run.eval_samples, 'answer')} to each, "
-            f"temperature {run.eval_temperature:g}; intervals over problems, the difference paired by problem.",
+            f"{after['problems']} held-out problems ({', '.join(run.eval_data)}), "
+            f"{_count(run.eval_samples, 'answer')} to each, temperature {run.eval_temperature:g}; "
+            "intervals over problems, the difference paired by problem.",
             "",
             *rows,
         ]

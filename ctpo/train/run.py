@@ -20,17 +20,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ctpo.train._options import Options, Plan, RunConfig, find_accelerate_config, parse
+
+if TYPE_CHECKING:
+    from ctpo.train.generation import Backend
 
 __all__ = ["RunConfig", "train"]
 
@@ -86,9 +87,8 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
             from ctpo.train._plan import plan_text
 
             return plan_text(options, width=width), 0
-        if not _is_launched():
-            if (status := _launch(options, words)) is not None:
-                return "", status
+        if not _is_launched() and (status := _launch(options, words)) is not None:
+            return "", status
         try:
             return _run(options, width), 0
         except _Stopped as stopped:
@@ -156,7 +156,7 @@ def _calm() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         import datasets
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         datasets.disable_progress_bars()
         disable_progress_bars()
@@ -197,7 +197,7 @@ def _run(options: Options, width: int) -> str:
     output = Path(plan.trainer.output_dir)
     if not first:
         # One voice. What goes wrong in this process alone still ends it, with a traceback.
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         logging.getLogger("ctpo").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         files = None
@@ -434,7 +434,7 @@ def _evaluate_here(plan: Plan, model: str, when: str) -> None:
 
     run, trainer, folder = plan.run, plan.trainer, _folder(plan, when)
     rounds = trainer.max_tool_calling_iterations
-    loading = {
+    loading: dict[str, Any] = {
         "columns": run.column_names(),
         "limit": run.eval_limit,
         "system_prompt": run.system_prompt,
@@ -458,7 +458,7 @@ def _evaluate_here(plan: Plan, model: str, when: str) -> None:
             seed=run.eval_seed,
             batch_size=run.eval_batch_size,
             chat_template_kwargs=trainer.chat_template_kwargs,
-            backend=run.eval_backend,
+            backend=cast("Backend", run.eval_backend),
             dtype=_dtype(plan),
             device="cpu" if trainer.use_cpu else "auto",
             **{name: value for name, value in loading.items() if value is not None},
@@ -473,7 +473,11 @@ def _with_eos(model: str, eos_token: str, plan: Plan) -> Any:
     run = plan.run
     device = "cpu" if plan.trainer.use_cpu else "auto"
     generator = open_generator(
-        model, backend=run.eval_backend, batch_size=run.eval_batch_size or 32, dtype=_dtype(plan), device=device
+        model,
+        backend=cast("Backend", run.eval_backend),
+        batch_size=run.eval_batch_size or 32,
+        dtype=_dtype(plan),
+        device=device,
     )
     set_eos(generator.tokenizer, eos_token)
     generator.eos_token_ids |= {generator.tokenizer.eos_token_id}
