@@ -239,10 +239,11 @@ class CTPOTrainer(ResumableTrainer):
         finally:
             self._skip_next_scoring = False
         if self._corrected:
-            for name in [
-                name for name in self._metrics["train" if training else "eval"] if name.startswith("sampling/")
-            ]:
-                del self._metrics["train" if training else "eval"][name]  # of old log-probabilities that are not there
+            metrics = self._metrics["train" if training else "eval"]
+            for name in [name for name in metrics if name.startswith("sampling/")]:
+                metrics[name].pop()  # of old log-probabilities that are not there
+                if not metrics[name]:
+                    del metrics[name]
             if not training:
                 self._correct([batch])
         assert self._scores is not None
@@ -297,7 +298,8 @@ class CTPOTrainer(ResumableTrainer):
         found = rollout_correction(old, engine, mask, level=level, mode=mode, low=low, high=high)  # type: ignore[arg-type]
         sizes = [len(batch["completion_ids"]) for batch in batches]
         for batch, weights in zip(batches, found.weights.split(sizes), strict=True):
-            batch["importance_sampling_ratio"] = weights
+            # 1 at masked places: TRL's "vespo" takes the product of all.
+            batch["importance_sampling_ratio"] = weights.where(_policy_mask(batch), 1.0)
         difference = (old - engine).abs().where(known, 0.0)
         values = {
             "sampling/sampling_logp_difference/mean": difference.sum() / known.sum().clamp(min=1),
@@ -338,20 +340,25 @@ class CTPOTrainer(ResumableTrainer):
         together = batch.get("old_per_token_logps")
         together = self._scored(batch) if together is None else together
         mask = _policy_mask(batch)
-        sums = torch.zeros(3, dtype=torch.float64, device=mask.device)
-        for row in range(rows):
+        # Sequences with tokens first; every process makes as many passes.
+        order = mask.any(1).sort(descending=True, stable=True).indices
+        sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
+        for row in order[:rows].tolist():
             alone = _without_padding(batch, row)
             difference = self._scored(alone)[0] - together[row, : alone["completion_ids"].shape[1]]
             difference = difference.where(_policy_mask(alone)[0], 0.0).double()
             length = _policy_mask(alone).sum()
-            sums += torch.stack([(difference**2).sum(), length, difference.sum() ** 2 / length.clamp(min=1)])
+            squares, squared_sum = (difference**2).sum(), difference.sum() ** 2
+            sums += torch.stack([squares, length, squared_sum / length.clamp(min=1), length.clamp(max=1)])
         found = torch.cat([sums, self._signal])
         self._signal.zero_()
-        squares, tokens, per_length, moved, compared = self.accelerator.reduce(found).tolist()
-        noise = squares / max(tokens, 1.0)
+        total, tokens, per_length, sequences, moved, compared = self.accelerator.reduce(found).tolist()
+        if not tokens:
+            return
+        noise = total / tokens
         metrics = self._metrics["train"]
         metrics["noise_floor/token"].append(math.sqrt(noise))
-        metrics["noise_floor/sqrt_t"].append(math.sqrt(per_length / (rows * self.accelerator.num_processes)))
+        metrics["noise_floor/sqrt_t"].append(math.sqrt(per_length / sequences))
         if not moved:
             return
         share = noise * compared / moved
@@ -420,7 +427,8 @@ def _policy_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 def _without_padding(batch: Batch, row: int) -> Batch:
     """One sequence of a micro-batch by itself."""
     prompt = batch["prompt_mask"][row].bool()
-    length = int(batch["completion_mask"][row].sum())
+    # At least one token, attended to or not: the model cannot score none.
+    length = max(1, int(batch["completion_mask"][row].sum()))
     alone = {"advantages": batch["advantages"][row : row + 1]}
     for name in ("prompt_ids", "prompt_mask"):
         alone[name] = batch[name][row, prompt][None]
