@@ -8,6 +8,7 @@ parameters, its sampling included.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,8 +32,8 @@ from ctpo.train.config import CTPOConfig
 from ctpo.train.trainer import CTPOTrainer
 from ctpo.zoo import RECIPES
 
-# TRL 1.16 asks transformers 5.23 by the former name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# TRL 1.16 asks transformers 5.23 by the former names.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is dep:FutureWarning")
 
 Tensors = dict[str, torch.Tensor]
 HORIZON = 16
@@ -528,3 +529,179 @@ def test_ratios_of_a_policy_that_stands_still_are_exactly_1(precision: str) -> N
     trainer.train()
     assert len(trainer.seen) == 16
     assert all(torch.equal(old, logp) for _, old, logp in trainer.seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise floor.
+
+
+def alone(trainer: CTPOTrainer, batch: Tensors, row: int) -> torch.Tensor:
+    """Log-probabilities of one sequence without padding, by TRL's scoring."""
+    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+    completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+    ids = torch.cat([prompt, completion])[None]
+    with torch.no_grad():
+        logp, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+            trainer, trainer.model, ids, torch.ones_like(ids), len(completion)
+        )
+    return logp[0]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_noise_floor(precision: str, rows: int) -> None:
+    """Every logged number by a direct computation, at the second rollout of a policy that has moved."""
+    learning = {"float32": 1e-2, "autocast": 1e-2, "bfloat16": 0.1}[precision]
+    options = REUSED | PRECISIONS[precision] | {"learning_rate": learning, "max_steps": 2}
+    trainer = made(watched(CTPOTrainer), noise_floor_sequences=rows, **options | {"max_steps": 3})
+    measured: list[torch.Tensor] = []
+    prepare = trainer._prepare_inputs
+
+    def spied(inputs: Any) -> Any:
+        prepared = prepare(inputs)
+        if trainer._step == 4:  # right after the second rollout
+            batch = trainer._buffered_inputs[0]
+            for row in range(rows):
+                together = batch["old_per_token_logps"][row][batch["completion_mask"][row].bool()]
+                measured.append((alone(trainer, batch, row) - together).double())
+        return prepared
+
+    trainer._prepare_inputs = spied
+    trainer.train()
+    first, _, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    difference = torch.cat(measured)
+    token = (difference**2).mean().sqrt().item()
+    sqrt_t = torch.tensor([(d.sum() ** 2 / len(d)).item() for d in measured]).mean().sqrt().item()
+    assert second["noise_floor/token"] == pytest.approx(token, rel=1e-6)
+    assert second["noise_floor/sqrt_t"] == pytest.approx(sqrt_t, rel=1e-6)
+    moved = torch.cat([(logp - old).double() for step, old, logp in trainer.seen if step in (2, 3)])
+    assert second["noise_floor/share"] == pytest.approx(token**2 / (moved**2).mean().item(), rel=1e-5)
+    assert "noise_floor/share" not in first
+    if precision == "float32":
+        assert token < 1e-5
+    else:
+        # Another shape of the batch, the same weights: the update's own shape is what makes ratios of 1.
+        assert 1e-4 < token < 0.1
+
+
+def test_noise_floor_on_policy() -> None:
+    """Without old log-probabilities in the batch, by one more scoring of it."""
+    trainer = made(bf16=True, max_steps=2, noise_floor_sequences=4)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(1e-4 < entry["noise_floor/token"] < 0.1 for entry in logged)
+    assert not any("noise_floor/share" in entry for entry in logged)
+
+
+@pytest.mark.parametrize(("precision", "learning_rate", "warns"), [
+    ("autocast", 1e-5, True), ("autocast", 1e-2, False), ("float32", 1e-5, False),
+])  # fmt: skip
+def test_warning_of_noise(precision: str, learning_rate: float, warns: bool, caplog: Any) -> None:
+    """Where more than half of what ratios show is rounding; once."""
+    options = REUSED | PRECISIONS[precision] | {"learning_rate": learning_rate, "max_steps": 8}
+    trainer = made(**options, lr_scheduler_type="constant", noise_floor_sequences=4)
+    with caplog.at_level(logging.WARNING, "ctpo.train.trainer"):
+        trainer.train()
+    shares = [entry["noise_floor/share"] for entry in trainer.state.log_history if "noise_floor/share" in entry]
+    assert len(shares) == 3
+    assert (max(shares) > 0.5) == warns
+    assert len([record for record in caplog.records if "Rounding makes up" in record.getMessage()]) == warns
+
+
+@pytest.mark.parametrize(
+    ("sequences", "on_policy", "passes"), [(0, False, 8), (2, False, 10), (0, True, 2), (1, True, 6)]
+)
+def test_forward_passes(sequences: int, on_policy: bool, passes: int) -> None:
+    """One per micro-batch and update, one per micro-batch for old log-probabilities, and those of the noise floor."""
+    schedule = {"max_steps": 2} if on_policy else REUSED | {"max_steps": 2}
+    trainer = made(noise_floor_sequences=sequences, **schedule)
+    calls = []
+    scoring = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return scoring(*args, **options)
+
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", counted):
+        trainer.train()
+    assert len(calls) == passes
+    assert ("noise_floor/token" in trainer.state.log_history[0]) == (sequences > 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_truncated_completions_without_any_token(schedule: str) -> None:
+    """With `mask_truncated_completions` a sequence may have no token at all."""
+    trainer = made(
+        watched(CTPOTrainer), mask_truncated_completions=True, max_completion_length=2, noise_floor_sequences=4,
+        **SCHEDULES[schedule],
+    )  # fmt: skip
+    empty = []
+    loss = trainer.compute_loss
+
+    def spied(model: Any, inputs: Tensors, **options: Any) -> torch.Tensor:
+        empty.append(int((inputs["completion_mask"].sum(1) == 0).sum()))
+        return loss(model, inputs, **options)
+
+    trainer.compute_loss = spied
+    trainer.train()
+    assert max(empty) == 4  # a micro-batch without any, too
+    assert 0 < sum(empty) < 4 * len(empty)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"leave_one_out": True, "scale_rewards": "none"},
+        {"scale_rewards": "none"},
+        {"scale_rewards": "group"},
+    ],
+    ids=str,
+)
+def test_advantages(options: dict[str, Any]) -> None:
+    """Per prompt, those of `ctpo.advantages` and the oracle, over the completions that have a reward."""
+    drawn: dict[str, list[float | None]] = {}
+    rng = np.random.default_rng(5)
+
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        found: list[float | None] = [float(x) for x in rng.integers(0, 4, len(prompts))]
+        found[1] = found[4] = found[5] = found[6] = None  # one of four, and all but one
+        for prompt, value in zip(prompts, found, strict=True):
+            drawn.setdefault(prompt, []).append(value)
+        return found
+
+    trainer = made(reward=reward, num_generations=4, steps_per_generation=4, max_steps=1, **options)
+    trainer.train()
+    rows = [
+        (len(mask), *values)
+        for batch in trainer._buffered_inputs
+        for mask, *values in zip(
+            (row[row.bool()] for row in batch["prompt_mask"]),
+            *(batch[name].tolist() for name in ("advantages", "rewards", "group")),
+            strict=True,
+        )
+    ]
+    assert len(rows) == 16
+    assert len(drawn) == 4
+    sizes = []
+    for prompt, values in drawn.items():
+        of_prompt = [row for row in rows if row[0] == len(prompt)]
+        assert len({group for *_, group in of_prompt}) == 1
+        scored = [value for value in values if value is not None]
+        sizes.append(len(scored))
+        if len(scored) == 1:
+            expected = [0.0]
+        elif options.get("leave_one_out"):
+            expected = ctpo.leave_one_out(np.array(scored)).tolist()
+            assert expected == pytest.approx(oracle.leave_one_out(scored))
+        else:
+            expected = oracle.group_relative(scored, scale_by_std=options["scale_rewards"] == "group", eps=1e-4)
+        expected += [0.0] * (4 - len(scored))
+        assert sorted(advantage for _, advantage, *_ in of_prompt) == pytest.approx(sorted(expected), abs=1e-5)
+        assert sorted(r for *_, r, _ in of_prompt if not math.isnan(r)) == sorted(scored)
+    assert sorted(sizes) == [1, 3, 4, 4]
+    assert any(advantage for _, advantage, *_ in rows)
