@@ -633,7 +633,9 @@ class ToolFormat:
     def _shown(self, answer: _Answer) -> str:
         """What the model sees of an answer: no control token, so that a program cannot end the turn it is shown in."""
         text = answer.text.encode("utf-8", "replace").decode()
-        return self._controls.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        while self._controls.search(text):  # a token may hold another one
+            text = self._controls.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return text
 
     def _render(self, state: _State, answers: list[_Answer]) -> list[int]:
         """Ids that follow the turn: the outputs, and what leads to the model's next turn."""
