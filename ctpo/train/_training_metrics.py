@@ -97,10 +97,14 @@ class PositionMetrics:
         log_sums = _log_sums(torch.where(mask, log_rho, -math.inf), position, bounds)
         clipped = found.clipped_low | found.clipped_high | found.clipped_dual
 
-        x = torch.where(mask, log_rho, 0.0).clamp(min=_LOG_ZERO).to(self._dtype)
-        rate = x / position
-        # Positions never fall along a row: a bucket's sum is a difference of two prefix sums.
-        prefix = torch.stack([rate, x, x * rate, clipped.to(self._dtype)]).cumsum(-1)
+        # Positions never fall along a row: a bucket's sum is a difference of two prefix sums. Written into one block,
+        # as float64 temporaries of every token cost more than the arithmetic.
+        prefix = torch.empty(4, *mask.shape, dtype=self._dtype, device=position.device)
+        x = prefix[1].copy_(torch.where(mask, log_rho, 0.0).clamp_(min=_LOG_ZERO))
+        torch.div(x, position, out=prefix[0])
+        torch.mul(x, prefix[0], out=prefix[2])
+        prefix[3] = clipped
+        prefix.cumsum_(-1)
         begin = torch.searchsorted(position, bounds.expand(len(position), -1).contiguous())
         before = torch.where(begin > 0, prefix.gather(-1, (begin - 1).clamp(min=0).expand(4, -1, -1)), 0.0)
         # Position and length tell how many tokens of a sequence lie before a bound, and what their positions add up to.
