@@ -356,6 +356,38 @@ def test_context_of_the_model():
         roll([["x"]], context=length)
 
 
+def test_no_row_is_asked_to_leave_the_context():
+    """Some servers refuse a request that could; one with more room goes on in another call."""
+    texts = [[call(f"say {'y' * 100}") + END, "x" * 500], [call("say 1") + END, "z" * 150 + END], ["v" * 500]]
+    (free, *_), generator, _ = roll([[END]] * 3)
+    context = len(free.prompt_ids) + 400
+    found, generator, _ = roll(texts, context=context)
+    assert [rollout.truncated for rollout in found] == [True, False, True]
+    assert [len(rollout.completion_ids) for rollout in found][::2] == [400, 400]
+    assert found[1].answer == "z" * 150
+    for asked in generator.asked:
+        assert max(map(len, asked.prompts)) + asked.sampling.max_tokens <= context
+    # A turn in two calls is one turn.
+    assert len(generator.asked) == 3
+    assert [message["role"] for message in found[1].messages] == ["assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("ended", [END, "STOP"])
+def test_a_turn_that_ends_at_the_edge_of_the_context_is_not_continued(ended):
+    """The last token that one rollout leaves room for is the last one of another, by the model's end or the user's."""
+    tokenizer = tiny_tokenizer()
+    short, long = ([{"role": "user", "content": f"task {i}" + " " * 20 * i}] for i in (0, 1))
+    room = 10
+    scripts = [["x" * (room - len(tokenizer.encode(ended))) + ended + "y" * 50], ["z" * 50]]
+    context = len(tool_format(tokenizer, "none").prompt_ids(long)) + room
+    generator = Script(tokenizer, scripts, context=context)
+    options = {"sampling": Sampling(25, stop=("STOP",)), "tools": "none"}
+    found, other = rollouts(generator, [short, long], **options)
+    assert found.answer == scripts[0][0][: scripts[0][0].index("y")].removesuffix(END)
+    assert (found.truncated, other.truncated) == (False, True)
+    assert len(other.completion_ids) == room
+
+
 def test_stop_strings_of_the_user_end_a_rollout():
     generator = Script(tiny_tokenizer(), [["one. two. three"]])
     (found,) = rollouts(generator, prompts(1), sampling=Sampling(99, stop=("two",)), tools="calls", sandbox=StandIn())
@@ -759,6 +791,20 @@ def test_auto_takes_the_form_that_the_template_has():
     assert tool_format(unknown, "auto").name == "calls"
     unknown.response_template = {"fields": {"content": {"content": "text"}}}
     assert tool_format(unknown, "auto").name == "fenced"
+
+
+def test_a_form_may_be_made_once():
+    scripts = [[f"{call('say 4')}{END}", f"4{END}"]]
+    tokenizer = tiny_tokenizer()
+    form = tool_format(tokenizer, "auto", backend="bubblewrap")
+    with patch("ctpo.train.tools.tool_format", side_effect=AssertionError):
+        (found,), *_ = roll(scripts, tools=form)
+        assert found == roll(scripts, tools=form)[0][0]
+    assert found == roll(scripts)[0][0]
+    with pytest.raises(ValueError, match="sandbox is needed to run the calls of tools='calls'"):
+        rollouts(Script(tokenizer, scripts), prompts(1), sampling=Sampling(9), tools=form)
+    with pytest.raises(ValueError, match="chat_template_kwargs are those of the given ToolFormat"):
+        roll(scripts, tools=form, chat_template_kwargs={"a": 1})
 
 
 def test_the_tokenizer_is_left_as_it_was():

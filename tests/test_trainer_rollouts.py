@@ -236,9 +236,10 @@ def test_what_is_trained_on_is_what_was_sampled(make, sandbox, tool):
     assert logged["tools/truncated"] == logged["tools/out_of_rounds"] == logged["completions/clipped_ratio"] == 0.0
 
 
-@pytest.mark.parametrize("tool", ["calls", "fenced"])
-def test_tool_tokens_are_no_part_of_ratios_and_positions(make, tool):
-    trainer = make(TASKS[tool], tool=tool, template="qwen3" if tool == "calls" else "plain")
+@pytest.mark.parametrize(("tool", "write"), [("calls", call), ("fenced", block)])
+def test_tool_tokens_are_no_part_of_ratios_and_positions(make, tool, write):
+    scripts = [[write("6"), f"6{END}"], [write("1 / 0"), f"none{END}"]]
+    trainer = make(scripts, tool=tool, template="qwen3" if tool == "calls" else "plain")
     _, batches = train(trainer)
     batch = batches[1]  # the policy has moved since the rollout
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
