@@ -8,6 +8,7 @@ parameters, its sampling included.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import tempfile
@@ -406,6 +407,7 @@ def test_every_parameter_gradient(estimator: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Bit for bit TRL, where the estimator is one of its losses.
 
+GSPO = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 PEERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({}, {"loss_type": "grpo"}),
     "grpo-window": (
@@ -415,8 +417,8 @@ PEERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dapo": ({}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "dr_grpo": ({"scale_rewards": "none"}, {"loss_type": "dr_grpo"}),
     "ppo": ({}, {"loss_type": "dapo", "delta": 3.0}),
-    "gspo": ({}, {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
-    "luspo": ({}, {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
+    "gspo": ({}, {"loss_type": "grpo", **GSPO}),
+    "luspo": ({}, {"loss_type": "luspo", **GSPO}),
     "cispo": ({}, {"loss_type": "cispo", "epsilon_high": 5.0}),
     "sapo": ({"sapo_temperature_pos": 2.0}, {"loss_type": "sapo"}),
     "vespo": ({"vespo_k_pos": 2.5}, {"loss_type": "vespo"}),
@@ -705,3 +707,213 @@ def test_advantages(options: dict[str, Any]) -> None:
         assert sorted(r for *_, r, _ in of_prompt if not math.isnan(r)) == sorted(scored)
     assert sorted(sizes) == [1, 3, 4, 4]
     assert any(advantage for _, advantage, *_ in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL's further terms, with the estimator's loss.
+
+
+def positive(seed: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ["ctpo", "gppo", "cfpo"])
+def test_divergence_from_a_reference(estimator: str, corrected: bool, tmp_path: Path) -> None:
+    """`beta` adds TRL's term; with `use_bias_correction_kl` times the estimator's ratio, which must be one."""
+    beta = 0.25
+    options = {"estimator": estimator, "aggregation": "token-mean", "use_bias_correction_kl": corrected}
+    if corrected and estimator != "ctpo":
+        with pytest.raises(ValueError, match="use_bias_correction_kl must be False with estimator="):
+            made(beta=beta, **options)
+        return
+    trainer = made(saved=tmp_path, beta=beta, **options)
+    logp, old, advantages, mask = values(80, spread=0.1)
+    reference = old + 0.5 * positive(80, old)
+    batch = batch_of(old, advantages, mask, ref_per_token_logps=reference)
+    loss, gradient = loss_of(trainer, logp, batch)
+    plain, plain_gradient = loss_of(idle(**options), logp, batch)
+    leaf = logp.clone().requires_grad_()
+    divergence = (reference - leaf).exp() - (reference - leaf) - 1
+    if corrected:
+        # TRL's ratio exp(logp - old), with the old log-probabilities that leave the cumulative log-ratio.
+        ratio = (leaf - (logp - ctpo.log_ratio(logp, old, mask))).exp()
+        divergence = divergence * ratio
+    expected = beta * divergence[mask].mean()
+    expected.backward()
+    assert_close(loss - plain, expected.detach(), scale=1.0, tolerance=1e-12)
+    assert_close(gradient - plain_gradient, leaf.grad, scale=1.0, tolerance=1e-12)
+    assert expected > 0.005
+
+
+@pytest.mark.parametrize("estimator", ["ctpo_fixed", "gppo", "minpro"])
+def test_off_policy_sequence_masking(estimator: str) -> None:
+    """TRL drops sequences with A < 0 and a mean log(old / new) above the threshold, whatever the estimator's ratio."""
+    threshold = 0.02
+    logp, old, advantages, mask = values(81, spread=0.02)
+    logp[1] -= 0.05
+    logp[4] += 0.05
+    advantages[0], advantages[5] = -1.0, -1.0
+    _, gradient = loss_of(
+        idle(estimator=estimator, off_policy_mask_threshold=threshold), logp, batch_of(old, advantages, mask)
+    )
+    _, expected = loss_of(idle(estimator=estimator), logp, batch_of(old, advantages, mask))
+    divergence = ((old - logp) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    dropped = (advantages < 0) & (divergence > threshold)
+    assert dropped.tolist()[1:5] == [True, False, False, False]
+    assert_close(gradient, expected.masked_fill(dropped[:, None], 0.0), tolerance=1e-12)
+    assert expected[dropped].abs().sum() > 0
+    # With the engine's log-probabilities in the batch it is they that are compared.
+    batch = batch_of(old, advantages, mask, sampling_per_token_logps=old + 1.0)
+    _, gradient = loss_of(idle(estimator=estimator, off_policy_mask_threshold=threshold), logp, batch)
+    assert_close(gradient, expected.masked_fill((advantages < 0)[:, None], 0.0), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["ctpo", "gppo", "cfpo"])
+def test_only_tokens_of_high_entropy(estimator: str) -> None:
+    options = {"estimator": estimator}
+    logp, old, advantages, mask = values(82, spread=0.1)
+    entropies = positive(82, logp)
+
+    def gradient_of(trainer: CTPOTrainer) -> torch.Tensor:
+        leaf = logp.clone().requires_grad_()
+        scored = (leaf, entropies, None)
+        with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_, **__: scored):
+            trainer._compute_loss(trainer.model, batch_of(old, advantages, mask)).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    least = torch.quantile(entropies[mask].float(), 0.75)
+    expected = gradient_of(idle(**options)).where(entropies >= least, 0.0)
+    assert_close(gradient_of(idle(top_entropy_quantile=0.25, **options)), expected, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["ctpo", "gppo", "grpo"])
+def test_weights_of_an_engine(estimator: str) -> None:
+    """Every token's term is multiplied by the weight that corrects for the engine."""
+    logp, old, advantages, mask = values(83, spread=0.1)
+    trainer, weights = idle(estimator=estimator), positive(83, logp)
+    batch = batch_of(old, advantages, mask, importance_sampling_ratio=weights)
+    with patch.multiple(trainer, use_vllm=True):
+        _, gradient = loss_of(trainer, logp, batch)
+    _, expected = policy_loss(trainer.args, logp, old, advantages, mask, weights=weights)
+    assert_close(gradient, expected, tolerance=1e-12)
+    assert not torch.allclose(gradient, policy_loss(trainer.args, logp, old, advantages, mask)[1])
+
+
+@pytest.mark.parametrize("estimator", ["ctpo", "gppo", "grpo"])
+def test_loss_leaves_the_trainer_as_it_was(estimator: str) -> None:
+    """Also when it fails; and the batch, of which a later epoch makes another loss."""
+    trainer = idle(estimator=estimator)
+    settings = (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta)
+    logp, old, advantages, mask = values(84, spread=0.1)
+    batch = batch_of(old, advantages, mask)
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+    first = loss_of(trainer, logp, batch)
+    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == settings
+    assert set(batch) == set(before)
+    assert all(torch.equal(batch[name], before[name]) for name in before)
+    with pytest.raises(KeyError):
+        loss_of(trainer, logp, {name: tensor for name, tensor in batch.items() if name != "advantages"})
+    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == settings
+    again = loss_of(trainer, logp, batch)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("estimator", ["ctpo", "gppo", "grpo"])
+def test_evaluation_changes_nothing(estimator: str) -> None:
+    """Between the updates of one rollout: same parameters as without, nothing of it in the training's logs."""
+    options = {"estimator": estimator, "steps_per_generation": 4, "max_steps": 4, "per_device_eval_batch_size": 4}
+    plain, plain_log = trained(CTPOTrainer, **options)
+    trainer = made(eval_strategy="steps", eval_steps=1, **options)
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(plain, trainer.model.parameters(), strict=True))
+    log = trainer.state.log_history
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    assert len(evaluated) == 4
+    assert all(math.isfinite(entry["eval_loss"]) for entry in evaluated)
+    assert "eval_reward" in evaluated[0]
+    ours = [{key: entry[key] for key in entry if "time" not in key} for entry in log if "loss" in entry]
+    assert ours == plain_log[:4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the trainer relies on in TRL. A failure here says that the hook has to be looked at again.
+
+
+class Reads(dict[str, Any]):
+    """A batch that writes down what is read."""
+
+    def __init__(self, batch: Tensors, events: list[str]) -> None:
+        super().__init__(batch)
+        self.events = events
+
+    def __getitem__(self, name: str) -> Any:
+        self.events.append(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.events.append(name)
+        return super().get(name, default)
+
+
+def test_trl_scores_before_it_reads_what_the_estimator_replaces() -> None:
+    trainer = made(GRPOTrainer, loss_type="grpo")
+    logp, old, advantages, mask = values(85, spread=0.1)
+    events: list[str] = []
+
+    def scored(*_: Any, **__: Any) -> Any:
+        events.append("scored")
+        return logp.clone().requires_grad_(), torch.zeros_like(logp), None
+
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", scored):
+        trainer._compute_loss(trainer.model, Reads(batch_of(old, advantages, mask), events))
+    assert events.count("scored") == 1
+    after = events[events.index("scored") :]
+    for name in ("advantages", "old_per_token_logps"):
+        assert name in after
+        assert name not in events[: events.index("scored")]
+
+
+def test_signatures_of_trl() -> None:
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    scoring = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert scoring[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+    assert parameters(GRPOTrainer._generate_and_score_completions) == ["self", "inputs"]
+    rewards_of = ["self", "inputs", "prompts", "completions", "completion_ids_list"]
+    assert parameters(GRPOTrainer._calculate_rewards) == rewards_of
+    assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
+
+
+def test_trl_takes_windows_and_bounds_by_token() -> None:
+    """Tensors in the place of `epsilon_low`, `epsilon_high` and `args.delta`: one number per token."""
+    trainer = made(GRPOTrainer, loss_type="bnpo", delta=2.0)
+    logp, old, advantages, mask = values(86, spread=0.3)
+    low, high, delta = 0.3 * positive(1, logp), 0.3 * positive(2, logp), 1.5 + positive(3, logp)
+    with patch.multiple(trainer, epsilon_low=low, epsilon_high=high), patch.object(trainer.args, "delta", delta):
+        loss, _ = loss_of(trainer, logp, batch_of(old, advantages, mask))
+    ratio = (logp - old).exp()
+    by_token = advantages[:, None] * torch.ones_like(logp)
+    cut = torch.minimum(torch.maximum(ratio, 1 - low), 1 + high)
+    expected = -torch.minimum(torch.minimum(ratio, delta) * by_token, cut * by_token)[mask].mean()
+    assert_close(loss, expected, tolerance=1e-12)
+
+
+def test_trl_scores_old_log_probabilities_first(tmp_path: Path) -> None:
+    """The first scoring of a rollout is that of old log-probabilities, which is replaced; a second is the reference."""
+    trainer = made(saved=tmp_path, beta=0.1, **REUSED | {"max_steps": 1})
+    scored = []
+    scoring = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spied(self: Any, model: Any, *args: Any, **options: Any) -> Any:
+        scored.append("reference" if model is self.ref_model else "policy")
+        return scoring(self, model, *args, **options)
+
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spied):
+        trainer.train()
+    # Four micro-batches' old ones, the noise floor, two updates.
+    assert scored == ["reference"] + 7 * ["policy"]

@@ -46,7 +46,6 @@ _TRL_LEVELS = {"token": "token", "sequence_mean": "sequence"}
 _DERIVED = ("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level")
 _CLIP_FIELDS = ("clip_low", "clip_high", "clip_dual", "clip_power", "clip_drift", "clip_sigma")
 _LIMITS = ("max_log_ratio", "max_token_log_ratio")
-_NEEDS_TURNS = ("turn", "turn_mean")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -224,8 +223,6 @@ class CTPOConfig(GRPOConfig):
                         f"such limit; got {getattr(self, name)}"
                     )
             return replace(estimator, max_log_ratio=None, max_token_log_ratio=None)
-        if estimator.level in _NEEDS_TURNS:
-            raise ValueError(f"estimator {self.estimator!r} needs the turns of a response, which TRL does not keep")
         return estimator
 
     def _window(self, estimator: Estimator) -> Any:
@@ -351,6 +348,12 @@ class CTPOConfig(GRPOConfig):
             raise ValueError(
                 f"use_bias_correction_kl must be False with estimator={self.estimator!r} and beta={self.beta}: the "
                 "divergence would be multiplied by the estimator's coefficient, which is no importance ratio"
+            )
+        if self.built_estimator.form == "cfpo" and self.off_policy_mask_threshold is not None:
+            # The sign of a coefficient goes into the advantage, of which TRL drops the negative ones.
+            raise ValueError(
+                f"off_policy_mask_threshold must be None with estimator={self.estimator!r}, some of whose coefficients "
+                f"are negative; got {self.off_policy_mask_threshold}"
             )
         allowed = _CORRECTIONS
         if self.estimator == "vespo" and self.use_vllm and self.vllm_importance_sampling_correction:
