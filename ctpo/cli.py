@@ -121,9 +121,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="arrays of FILE:\n"
         + "\n".join(f"  {name:15}{meaning}" for name, meaning in _ARRAYS.items())
-        + "\n\nwrite it with numpy.savez(FILE, logp=..., behavior_logp=..., mask=...)",
+        + "\n\nwrite it with numpy.savez(FILE, logp=..., behavior_logp=..., mask=...), or let\n"
+        "`ctpo train --log_ratio_traces N` write OUTPUT_DIR/traces",
     )
-    diagnosing.add_argument("file", metavar="FILE", help="an .npz file with the arrays below")
+    diagnosing.add_argument(
+        "file",
+        metavar="FILE",
+        help="an .npz file with the arrays below, or traces of `ctpo train` (a directory, a .parquet)",
+    )
+    diagnosing.add_argument(
+        "--sequences",
+        choices=("fresh", "trained_on", "all"),
+        help="of traces: those not trained on before, the others, or all (default: fresh)",
+    )
+    diagnosing.add_argument(
+        "--steps", nargs=2, type=int, metavar=("FIRST", "LAST"), help="of traces: only these updates"
+    )
     diagnosing.add_argument(
         "--estimator", metavar="NAME", help="whose clip rates, if the file has advantages (default: ctpo)"
     )
@@ -392,7 +405,7 @@ def _markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _diagnose(options: argparse.Namespace) -> str:
     """What `ctpo diagnose` prints."""
-    arrays = _load(options.file)
+    arrays = _load(options)
     name = options.estimator
     if "advantages" in arrays:
         name = name or "ctpo"
@@ -424,8 +437,18 @@ def _blocks(table: Mapping[str, NDArray[Any]], width: int) -> list[list[str]]:
     return blocks
 
 
-def _load(path: str) -> dict[str, Any]:
+def _load(options: argparse.Namespace) -> dict[str, Any]:
     """The arrays of a file, by name."""
+    path, chosen = options.file, {"--sequences": options.sequences, "--steps": options.steps}
+    if os.path.isdir(path) or path.endswith(".parquet"):
+        from ctpo.train.traces import read_traces
+
+        steps = None if options.steps is None else tuple(options.steps)
+        found = read_traces(path, sequences=options.sequences or "fresh", steps=steps)
+        return {name: found[name] for name in _ARRAYS if name in found}
+    for option, value in chosen.items():
+        if value is not None:
+            raise ValueError(f"{option} is for traces of `ctpo train` (a directory or .parquet), got {path}")
     with open(path, "rb") as stream:
         if not zipfile.is_zipfile(stream):
             raise ValueError(f"FILE must be an .npz file, as numpy.savez writes it; got {path}")

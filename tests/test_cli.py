@@ -20,6 +20,7 @@ import ctpo
 from ctpo import cli, clipping, estimators, regions
 from ctpo.diagnostics import diagnose
 from ctpo.ratios import Level
+from ctpo.train.traces import TraceWriter
 from ctpo.zoo import ESTIMATORS, RECIPES, Recipe
 from simulations import mdp
 from simulations.measure import measure
@@ -190,7 +191,7 @@ def test_what_is_off_is_not_said_to_bias():
         (("estimators", "gspoo"), "did you mean 'gspo'"),
         (("estimators", "grpo", "--markdown"), "leave NAME out"),
         (("estimators", "--json", "--markdown"), "not allowed with"),
-        (("train",), "invalid choice"),
+        (("trane",), "invalid choice"),
         ((), "required: COMMAND"),
     ],
 )
@@ -363,4 +364,28 @@ def test_diagnose_refuses_files_that_are_not_as_described(run, recorded, tmp_pat
     for name in ("array.npy", "text.npz"):
         assert "FILE must be an .npz file" in complaint(name)
     assert "No such file" in complaint("nowhere.npz")
-    assert "directory" in complaint("")
+    assert "has no traces" in complaint("")
+    assert "--steps is for traces of `ctpo train`" in complaint("advantages.npz", "--steps", "1", "2")
+
+
+def test_diagnose_reads_traces_of_a_training_run(run, recorded, tmp_path):
+    """Fresh sequences unless told otherwise, and then those arrays as from any other file."""
+    writer = TraceWriter(tmp_path, every=1)
+    number = len(recorded["logp"])
+    for step, iteration in ((1, 0), (2, 1)):
+        mask = recorded.get("mask", np.ones_like(recorded["logp"], dtype=bool))
+        advantages = np.linspace(-1, 1, number)
+        writer.add(
+            recorded["logp"], recorded["behavior_logp"], mask, advantages, step=step, iteration=iteration, rollout=0
+        )
+        writer.flush()
+
+    def sequences(*options):
+        status, out, error = run("diagnose", str(tmp_path), "--json", *options)
+        assert (status, error) == (0, "")
+        return json.loads(out)
+
+    assert sequences()["spread"]["n_sequences"] == number
+    assert sequences() == sequences("--steps", "1", "1")
+    assert sequences("--sequences", "all")["spread"]["n_sequences"] == 2 * number
+    assert sequences()["estimator"] == "ctpo"

@@ -107,7 +107,8 @@ class CTPOTrainer(ResumableTrainer):
             raise ValueError(f"args must be a CTPOConfig, got {type(args).__name__}")
         self._pending: Callable[[torch.Tensor], None] | None = None
         self._skip_next_scoring = False
-        self._scores: torch.Tensor | None = None  # of the last rollout batch, all processes
+        # Of the last rollout batch, all processes: rewards, and those of each function.
+        self._scores = self._scores_by_function = torch.empty(0)
         self._warned_of_noise = False
         self._tool_rollouts: Callable[[list[Any], Any], dict[str, Any]] | None = None
         self._estimator = args.built_estimator
@@ -219,10 +220,11 @@ class CTPOTrainer(ResumableTrainer):
                 inputs["advantages"],
                 step=self.state.global_step + 1,
                 iteration=iteration,
-                rewards=inputs.get("rewards"),
+                rewards=inputs["rewards"],
+                reward_parts=dict(zip(self.reward_func_names, inputs["reward_parts"].unbind(1), strict=True)),
                 sampling_logp=inputs.get("sampling_per_token_logps"),
                 rollout=self._step // (generation * self.num_iterations),
-                groups=inputs.get("group"),
+                groups=inputs["group"],
             )
         if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
             # The policy has moved since the rollout.
@@ -246,7 +248,6 @@ class CTPOTrainer(ResumableTrainer):
                     del metrics[name]
             if not training:
                 self._correct([batch])
-        assert self._scores is not None
         scores, size = self._scores, self.num_generations if training else self.num_generations_eval
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         if self.args.leave_one_out and size > 1:
@@ -254,14 +255,14 @@ class CTPOTrainer(ResumableTrainer):
             scored = (~scores.isnan()).view(-1, size).sum(1).repeat_interleave(size)
             batch["advantages"] = batch["advantages"] * (scored / (scored - 1).clamp(min=1))[local]
         # Beside the rest, so that they are shuffled and split with it.
-        batch["rewards"] = scores[local]
+        batch["rewards"], batch["reward_parts"] = scores[local], self._scores_by_function[local]
         batch["group"] = torch.arange(len(scores), device=scores.device)[local] // size
         return batch
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         by_function = super()._calculate_rewards(*args)
         total = (by_function * self.reward_weights.to(by_function.device)).nansum(1)
-        self._scores = total.masked_fill(by_function.isnan().all(1), torch.nan)
+        self._scores, self._scores_by_function = total.masked_fill(by_function.isnan().all(1), torch.nan), by_function
         return by_function
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -376,6 +377,8 @@ class CTPOTrainer(ResumableTrainer):
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """A micro-batch; with the last one of an update its traces are written."""
+        if self._traces is not None and self._step == 0 and self.state.global_step == 0:
+            self._traces.discard_after(0)  # of an earlier run in the same directory
         loss = super().training_step(*args, **options)
         if self._traces is not None and self.accelerator.sync_gradients:
             self._traces.flush()
