@@ -318,6 +318,7 @@ def _played(
 
 def _warm_up(model: Any, tokenizer: Any, steps: int, seed: int, progress: Progress | None) -> None:
     """Train on the tokens of the dialogues that a model would have sampled."""
+    # A loop of its own: two sets of dialogues one after the other, and transformers' Trainer takes a tenth longer.
     import torch
     from torch.nn.functional import cross_entropy
 
