@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def sizes_of(name: str, peft: Any = None, *, revision: str | None = None) -> Siz
     if peft is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = get_peft_model(model, peft)
     parameters = list(model.parameters())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import yaml  # type: ignore[import-untyped]
 
 __all__ = [
-    "LAUNCHING",
     "Options",
     "Plan",
     "RunConfig",
@@ -36,15 +35,6 @@ __all__ = [
 
 Origin = Literal["recipe", "line"]
 
-# What decides where and by how many processes a run is computed, not what.
-LAUNCHING = (
-    "accelerate_config",
-    "num_processes",
-    "num_machines",
-    "machine_rank",
-    "main_process_ip",
-    "main_process_port",
-)
 # Names that people bring from other versions and tools.
 _OTHERS = {
     "batch_size": "per_device_train_batch_size",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo.train._memory import Sizes, estimate, offline, sizes_of, splitting
-from ctpo.train._options import LAUNCHING, Options, Plan, RunConfig, accelerate_settings
+from ctpo.train._options import Options, Plan, RunConfig, accelerate_settings
 
 __all__ = ["Loaded", "load_training_problems", "plan_text", "processes_of", "stand_in"]
 
@@ -341,23 +341,19 @@ def _memory(plan: Plan, sizes: Sizes | None, processes: int, longest: int | None
     found = estimate(
         sizes, trainer, plan.model, processes=processes, split=split, max_prompt=run.max_prompt_tokens or longest
     )
-    lines = []
-    for name, (number, how) in found.training.items():
-        lines.append(f"  {name:18}{_size(number):>9}   {how}")
     training = sum(number for number, _ in found.training.values())
-    lines.append(f"  {'an update':18}{_size(training):>9}   all of these")
-    for name, (number, how) in found.sampling.items():
-        lines.append(f"  {name:18}{_size(number):>9}   {how}")
+    rows = {**found.training, "an update": (training, "all of these"), **found.sampling}
     if not trainer.use_vllm:
-        resting = sum(found.training[name][0] for name in ("weights", "optimizer") if name in found.training)
-        lines.append(
-            f"  {'sampling':18}{_size(resting + sum(number for number, _ in found.sampling.values())):>9}   "
-            "weights, optimizer, keys and values"
-        )
-    elif trainer.vllm_mode == "colocate":
-        share = trainer.vllm_gpu_memory_utilization
-        rest = "; asleep during updates" if trainer.vllm_enable_sleep_mode else "; kept during updates"
-        lines.append(f"  {'vLLM in all':18}{f'{share:.0%}':>9}   of the GPU, cache of keys and values included{rest}")
+        resting = sum(found.training[name][0] for name in ("weights", "optimizer"))
+        sampling = resting + sum(number for number, _ in found.sampling.values())
+        rows["sampling"] = (sampling, "weights, optimizer, keys and values")
+    lines = []
+    for name, (number, how) in rows.items():
+        lines += _field(f"{name:18}{_size(number):>9}", [how], width, 32)
+    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+        share = f"{trainer.vllm_gpu_memory_utilization:.0%}"
+        rest = "asleep during updates" if trainer.vllm_enable_sleep_mode else "kept during updates"
+        lines += _field(f"{'vLLM in all':18}{share:>9}", [f"of the GPU, with keys and values; {rest}"], width, 32)
     text = (
         "Estimated: batches at their longest, attention that keeps no matrix of scores (sdpa, flash), no "
         "fragmentation, without some GB of CUDA itself and of communication."
@@ -450,9 +446,6 @@ def _cautions(plan: Plan, sizes: Sizes | None, loaded: Loaded, processes: int, l
         most = max(longest or 0, run.max_prompt_tokens or 0) + trainer.max_completion_length
         if most > sizes.context:
             found.append(f"prompt and answer may have {most} tokens, the model's context is {sizes.context}")
-    unknown = [name for name in LAUNCHING if getattr(run, name) != getattr(RunConfig(), name)]
-    if unknown and trainer.use_cpu and run.accelerate_config not in (None, "cpu"):
-        found.append(f"use_cpu with accelerate_config {run.accelerate_config}: cpu is meant, perhaps")
     return found
 
 

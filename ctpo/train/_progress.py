@@ -56,6 +56,9 @@ class Progress(TrainerCallback):
     def _text(self, state: Any) -> str:
         seconds, done = time.monotonic() - self._begun, state.global_step - self._first_step
         parts = [f"step {state.global_step} of {state.max_steps}"]
+        if done > 0 and state.global_step < state.max_steps:
+            # Early in the line, whose end a narrow terminal cuts.
+            parts.append(f"{duration(seconds / done * (state.max_steps - state.global_step))} left")
         for name, label, form in (
             ("reward", "reward", ".3g"),
             ("completions/mean_length", "tokens", ".0f"),
@@ -67,8 +70,6 @@ class Progress(TrainerCallback):
                    if f"clip/fresh/{side}" in self._logs]  # fmt: skip
         if clipped:
             parts.append(f"clipped {sum(clipped):.0%}")
-        if done > 0:
-            parts.append(f"{duration(seconds / done * (state.max_steps - state.global_step))} left")
         return ", ".join(parts)
 
     def _write(self, text: str) -> None:

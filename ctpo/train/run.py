@@ -121,18 +121,20 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
             first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
             os.environ["CUDA_VISIBLE_DEVICES"] = first
         return None
-    # Mistakes are said here, once, rather than by every process.
-    options.plan(world_size=processes)
-    name = run.accelerate_config
-    if name is None:
-        name = "cpu" if options.given.get("use_cpu") else "multi_gpu"
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(find_accelerate_config(name)), "--num_processes", str(processes)]
-    if run.num_machines > 1:
-        command += ["--num_machines", str(run.num_machines), "--machine_rank", str(run.machine_rank)]
-        command += ["--main_process_ip", str(run.main_process_ip)]
-    if run.main_process_port is not None:
-        command += ["--main_process_port", str(run.main_process_port)]
+    _check(options.plan(world_size=processes))
+    if run.accelerate_config is None and options.given.get("use_cpu"):
+        # Accelerate's launcher has processors on one machine by MPI only.
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // run.num_machines}"]
+        command += [f"--nnodes={run.num_machines}", f"--node_rank={run.machine_rank}"]
+        command += [] if run.main_process_ip is None else [f"--master_addr={run.main_process_ip}"]
+        command += ["--standalone"] if run.num_machines == 1 else [f"--master_port={run.main_process_port}"]
+    else:
+        config = find_accelerate_config(run.accelerate_config or "multi_gpu")
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", f"--config_file={config}"]
+        command += [f"--num_processes={processes}", f"--num_machines={run.num_machines}"]
+        command += [f"--machine_rank={run.machine_rank}"]
+        command += [] if run.main_process_ip is None else [f"--main_process_ip={run.main_process_ip}"]
+        command += [] if run.main_process_port is None else [f"--main_process_port={run.main_process_port}"]
     process = subprocess.Popen([*command, "--module", "ctpo", "train", *words])
     while True:
         try:
@@ -143,6 +145,19 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
     if status not in (0, _INTERRUPTED):
         print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
     return status if 0 <= status < 256 else 1
+
+
+def _check(plan: Plan) -> None:
+    """Download what is needed and find mistakes, once, rather than in every process."""
+    from ctpo.train._plan import set_eos
+    from ctpo.train.generation import load_tokenizer
+    from ctpo.train.rewards import Rewards
+
+    _data(plan)
+    name = str(plan.model.model_name_or_path)
+    if name.partition("?")[0] != "toy":
+        set_eos(load_tokenizer(name), plan.run.eos_token)
+    Rewards(plan.run.rewards).close()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,589 @@
+"""`ctpo train`: its options and what it says of wrong ones, the plan, a run and what may happen to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny_models import save_tiny_chat_model, tiny_chat_model
+from trl import GRPOConfig, ModelConfig
+
+from ctpo.cli import main
+from ctpo.train import run as run_module
+from ctpo.train._memory import estimate, sizes_of, splitting
+from ctpo.train._options import RunConfig, accelerate_settings, parse
+from ctpo.train._plan import optimizer_steps, plan_text
+from ctpo.train._progress import Progress
+from ctpo.train._report import summarize, summary_text
+from ctpo.train.config import CTPOConfig
+
+# A run of a second or two.
+TINY = """\
+data: arithmetic?difficulty=1&size=8
+rewards: train_rewards:characters
+num_generations: 2
+per_device_train_batch_size: 4
+steps_per_generation: 2
+max_completion_length: 4
+max_steps: 4
+save_steps: 2
+learning_rate: 1e-3
+lr_scheduler_type: constant
+logging_steps: 1
+report_to: none
+use_cpu: true
+bf16: false
+activation_checkpointing: false
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{TINY}model_name_or_path: {model}\noutput_dir: {tmp_path / 'out'}\n")
+    return path
+
+
+def environment():
+    """Of a process that has the rewards of the tests."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def error_of(capsys, *words):
+    """The one line on standard error."""
+    assert main(["train", *map(str, words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("ctpo train: ")
+    return lines[0].removeprefix("ctpo train: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_needs_nothing_heavy_and_names_every_recipe():
+    code = (
+        "import sys\nfrom ctpo.cli import main\nmain(['train', '--help'])\n"
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    lines = found.stdout.splitlines()
+    assert lines[-1] == "[]"
+    assert max(map(len, lines)) <= 80
+    for name in ("toy", "smollm2", "qwen3-4b", "qwen3-14b", "--dry-run", "--help-all"):
+        assert name in found.stdout
+
+
+def test_help_all_has_every_option(capsys):
+    assert main(["train", "--help-all"]) == 0
+    printed = capsys.readouterr().out
+    for kind in (RunConfig, CTPOConfig, GRPOConfig, ModelConfig):
+        for own in dataclasses.fields(kind):
+            assert f"--{own.name} (default: " in printed
+
+
+def test_no_words_at_all(capsys):
+    assert error_of(capsys).startswith("nothing to train: --config toy, smollm2")
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--learning-rat 1", "unknown option --learning-rat: did you mean --learning_rate?"),
+        ("--learnin 1", "unknown option --learnin: did you mean --learning_rate?"),
+        ("--lr 1", "did you mean --learning_rate?"),
+        ("--max_prompt_length 9", "did you mean --max_prompt_tokens?"),
+        ("--epsilon_lo 0.2", "unknown option --epsilon_lo: did you mean --epsilon?"),
+        ("--zzz=1", "unknown option --zzz: ctpo train --help-all lists all"),
+        ("stray", "'stray' belongs to no option"),
+        ("--max_steps 1 2", "'2' belongs to no option"),
+        ("--max_steps 1.5", "--max_steps must be a whole number, got '1.5'"),
+        ("--learning_rate fast", "--learning_rate must be a number, got 'fast'"),
+        ("--bf16 maybe", "--bf16 must be true or false, got 'maybe'"),
+        ("--dtype int8", "--dtype must be one of auto, bfloat16, float16, float32, got 'int8'"),
+        ("--max_steps", "--max_steps needs a value"),
+        ("--estimator ctpp", "(did you mean 'ctpo'?)"),
+        ("--clip_low -1", "low must be a positive finite number"),
+        ("--num_generations 3", "must be divisible by num_generations (3)"),
+        ("--epsilon 0.1", "epsilon must not be set"),
+        ("--rewards mat", "did you mean 'math'?"),
+        ("--columns prompt", "columns must be FIELD=COLUMN"),
+        ("--eval_temperature 0", "eval_samples must be 1 at eval_temperature 0"),
+        ("--num_machines 2", "num_machines=2 needs main_process_ip"),
+        ("--accelerate_config fsdp", "did you mean fsdp2?"),
+        ("--config", "--config needs a recipe"),
+        ("--config toy", "--config is there 2 times"),
+        ("--data nowhere.parquet", "nowhere.parquet: is not there"),
+        ("--data arithmetic?size=2", "a rollout batch needs 4 prompts"),
+        ("--model_name_or_path ./nowhere", "model './nowhere': no such file or directory"),
+        ("--model_name_or_path toy?steps=3", "toy?steps=3"),
+        ("--eos_token <|nope|>", "eos_token: '<|nope|>' is no token"),
+    ],
+)
+def test_what_is_wrong_on_the_line(capsys, recipe, words, text):
+    assert text in error_of(capsys, "--config", recipe, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("learning-rat: 1\n", "unknown option learning-rat: did you mean learning_rate?"),
+        ("dataset_name: x\n", "did you mean data?"),
+        ("max_steps: 1.5\n", "max_steps must be a whole number, got 1.5"),
+        ("max_steps: true\n", "max_steps must be a whole number, got True"),
+        ("max_steps: null\n", "max_steps must not be null"),
+        ("max_steps: [1]\n", "max_steps must be a whole number, got a list"),
+        ("max_steps: {a: 1}\n", "max_steps must be a whole number, got a mapping"),
+        ("learning_rate: fast\n", "learning_rate must be a number, got 'fast'"),
+        ("bf16: maybe\n", "bf16 must be true or false, got 'maybe'"),
+        ("dtype: int8\n", "dtype must be one of auto"),
+        ("data: []\n", "data must not be an empty list"),
+        ("max_steps: 1\nmax_steps: 2\n", "line 2, column 1: 'max_steps' is there twice"),
+        ("max_steps: 1\nmax-steps: 2\n", "max-steps is there twice, with dashes and with underscores"),
+        ("data:\n\t- a\n", "line 2, column 1: a tab; YAML is indented with spaces"),
+        ("data: [a\n", "line 2, column 1"),
+        ("- a\n- b\n", "must be a mapping, lines of 'name: value', got a list"),
+        ("toy\n", "must be a mapping, lines of 'name: value', got a str"),
+        ("", "is empty"),
+        ("1: 2\n", "names of options are text, got 1"),
+        ("env: [a]\n", "env must be a mapping of names to texts"),
+        ("config: toy\n", "unknown option config"),
+        ("max_steps: 1\n", "model_name_or_path is missing"),
+        ("model_name_or_path: toy\n", "data is missing"),
+    ],
+)
+def test_what_is_wrong_in_a_file(capsys, tmp_path, content, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    error = error_of(capsys, "--config", path, "--dry-run")
+    assert text in error
+    if "missing" not in text:
+        assert str(path) in error
+
+
+def test_files_that_cannot_be_read(capsys, tmp_path):
+    assert "did you mean qwen3-4b? recipes: toy, smollm2" in error_of(capsys, "--config", "qwen3-4B")
+    assert "is a directory" in error_of(capsys, "--config", tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "is no text in UTF-8" in error_of(capsys, "--config", binary)
+
+
+def test_the_line_goes_before_the_file_and_both_before_defaults(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "env: {CTPO_TEST_VARIABLE: 3}\nmax-steps: 7\nlearning_rate: 1e-5\ndata: one\nrun_name: 5\neval_strategy: no\n"
+        'report_to: [tensorboard, wandb]\nlr_scheduler_kwargs: {a: 1}\ninstruction: "no"\nbeta: 1\nuse_cpu: yes\n'
+        "bf16: false\nclip_dual: null\n"
+    )
+    monkeypatch.setenv("CTPO_TEST_VARIABLE", "0")
+    options = parse(["--config", str(path), "--max_steps=9", "--data", "two", "three", "--use-peft", "--dry-run"])
+    assert os.environ["CTPO_TEST_VARIABLE"] == "3"
+    assert options.dry_run
+    given = options.given
+    assert (given["max_steps"], given["learning_rate"], given["data"]) == (9, 1e-5, ["two", "three"])
+    assert (given["run_name"], given["eval_strategy"], given["instruction"]) == ("5", "no", "no")
+    assert given["report_to"] == ["tensorboard", "wandb"]
+    assert given["lr_scheduler_kwargs"] == {"a": 1}
+    assert (given["beta"], given["use_cpu"], given["use_peft"], given["clip_dual"]) == (1.0, True, True, None)
+    assert isinstance(given["beta"], float)
+    assert options.origins["max_steps"] == options.origins["use_peft"] == "line"
+    assert options.origins["learning_rate"] == "recipe"
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_plan_of_the_toy_shows_prompt_sizes_and_off_policyness(capsys):
+    assert main(["train", "--config", "toy", "--dry-run", "--learning_rate", "3e-4"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "+ learning_rate                 0.0003",
+        "* max_steps                     120",
+        "arithmetic?difficulty=2&split=train&size=4096&seed=0, 4096",
+        "The first prompt, 18 tokens",
+        "| <|im_start|>assistant",
+        "0.36 million, trained: all",
+        "128 answers, 8 to each of 16 prompts",
+        "4 updates with each rollout batch; the last one is 3 updates old",
+        "120 updates with 30 rollout batches",
+    ):
+        assert " ".join(text.split()) in " ".join(printed.split())
+    # exp(0.05 sqrt(t)) and exp(-0.025 sqrt(t)) at 1, 100, 1000 and 8000.
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert rows == [
+        ("1", "1.051", "0.975", "1.051"),
+        ("100", "1.649", "0.779", "1.649"),
+        ("1000", "4.860", "0.454", "4.860"),
+        ("8000", "87.544", "0.107", "87.544"),
+    ]
+    assert not Path("runs").exists()
+
+
+def test_plan_fits_a_terminal_and_writes_nothing(recipe, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    text = plan_text(parse(["--config", str(recipe), "--dry-run"]), width=80)
+    assert sorted(tmp_path.rglob("*")) == before
+    long = [line for line in text.splitlines() if len(line) > 80 and str(tmp_path) not in line and "pytest" not in line]
+    assert long == []
+
+
+def test_plan_warns_of_what_makes_a_run_pointless(recipe):
+    def cautions(*words):
+        return plan_text(parse(["--config", str(recipe), *words])).partition("\nWarnings\n")[2]
+
+    assert cautions() == ""
+    assert "Every importance ratio is 1" in cautions("--steps_per_generation", "1")
+    assert "trains on every sample more than once" in " ".join(cautions("--num_iterations", "2").split())
+    assert "nothing would be trained" in cautions("--limit", "3")
+    assert "vLLM is not installed" in cautions("--use_vllm")
+    assert "the model's context is 4096" in cautions("--max_completion_length", "4096")
+    assert "this machine has" in cautions("--use_cpu", "false", "--num_processes", "64", "--steps_per_generation", "1")
+
+
+def test_plan_counts_steps_of_epochs(recipe):
+    options = parse(["--config", str(recipe), "--max_steps", "-1", "--num_train_epochs", "3", "--num_iterations", "2"])
+    trainer = options.plan(world_size=1).trainer
+    # 8 problems, 4 prompts a rollout batch of 8 answers: 2 batches an epoch, each 2 micro-batches, twice.
+    assert optimizer_steps(trainer, 8) == 3 * 2 * 2 * 2
+    assert optimizer_steps(trainer, None) is None
+
+
+def test_plan_of_a_model_that_is_not_here(recipe):
+    text = plan_text(parse(["--config", str(recipe), "--model_name_or_path", "no-such/model"]))
+    assert "untokenized" in text
+    assert "sizes unknown" in text
+    assert "[user] What is" in text
+
+
+def test_plan_for_eight_gpus_needs_none(recipe):
+    words = ["--num_processes", "8", "--accelerate_config", "fsdp2", "--use_cpu", "false", "--bf16", "true"]
+    trainer = parse(["--config", str(recipe), *words]).plan(world_size=8).trainer
+    assert (trainer.generation_batch_size, trainer.use_cpu, trainer.bf16) == (64, False, True)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_parameters_are_counted_without_weights(model):
+    real, _ = tiny_chat_model()
+    sizes = sizes_of(str(model))
+    assert sizes.total == sizes.trainable == sum(one.numel() for one in real.parameters())
+    assert sizes.context == 4096
+    # Published: 134,515,008 and 14.8 billion; 4.02 billion.
+    assert sizes_of("HuggingFaceTB/SmolLM2-135M-Instruct").total == 134_515_008
+    assert round(sizes_of("Qwen/Qwen3-4B-Base").total / 1e9, 2) == 4.02
+    assert round(sizes_of("Qwen/Qwen3-14B-Base").total / 1e9, 2) == 14.77
+    assert sizes_of("no-such/model") is None
+
+
+def test_adapters_are_counted(model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft asks transformers 5.23 by the former name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(tiny_chat_model()[0], config)
+    expected = sum(one.numel() for one in wrapped.parameters() if one.requires_grad)
+    sizes = sizes_of(str(model), config)
+    assert sizes.trainable == expected
+    assert sizes.head == 0
+
+
+def memory_of(recipe, *words, processes=1):
+    plan = parse(["--config", str(recipe), *words]).plan(world_size=processes)
+    sizes = sizes_of(str(plan.model.model_name_or_path))
+    split = splitting(accelerate_settings(plan.run.accelerate_config))
+    found = estimate(sizes, plan.trainer, plan.model, processes=processes, split=split, max_prompt=100)
+    return sizes, {name: number for name, (number, _) in {**found.training, **found.sampling}.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), (4, 4, 8)),  # float32 and Adam
+        (("--optim", "sgd"), (4, 4, 0)),
+        (("--dtype", "bfloat16", "--bf16", "true"), (2, 2, 4)),
+        (("--accelerate_config", "multi_gpu"), (4, 4, 8)),
+        (("--accelerate_config", "fsdp2"), (4 / 8, 4 / 8, 8 / 8)),
+        # DeepSpeed in bfloat16: 16-bit weights and gradients, float32 weights beside Adam's two states.
+        (("--accelerate_config", "zero2", "--bf16", "true"), (2, 2 / 8, 12 / 8)),
+        (("--accelerate_config", "zero3", "--bf16", "true"), (2 / 8, 2 / 8, 12 / 8)),
+    ],
+)
+def test_bytes_of_a_parameter(recipe, words, expected):
+    sizes, found = memory_of(recipe, *words, processes=8)
+    each = [found[name] / sizes.total for name in ("weights", "gradients", "optimizer")]
+    assert each == pytest.approx(expected)
+
+
+def test_bytes_of_activations_and_of_sampling(recipe):
+    _, found = memory_of(recipe)
+    _, checkpointed = memory_of(recipe, "--activation_checkpointing", "true")
+    _, longer = memory_of(recipe, "--max_completion_length", "108")
+    assert checkpointed["activations"] > found["activations"]  # one layer in full is all that this model has
+    assert longer["activations"] == pytest.approx(found["activations"] * 2)
+    # 8 answers of 104 tokens, keys and values of one head of 8 numbers, 4 bytes each.
+    assert found["keys and values"] == 8 * 104 * 2 * 8 * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model):
+    """A run with evaluations, its directory and its recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"{TINY}model_name_or_path: {model}\noutput_dir: {folder / 'out'}\neval_data: arithmetic?split=test&size=3\n"
+        "eval_samples: 2\nlog_ratio_traces: 2\n"
+    )
+    text, status = run_module.train(["--config", str(path)])
+    assert status == 0
+    return path, folder / "out", text
+
+
+def test_a_run_leaves_model_evaluations_summary_and_card(finished):
+    _, output, text = finished
+    found = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    assert found == {"checkpoint-2", "checkpoint-4", "evaluation", "model", "run.json", "summary.json", "traces"}
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["steps"], summary["rollout_batches"]) == (4, 2)
+    assert summary["evaluation"]["before"]["problems"] == 3
+    assert {"before", "after", "difference"} == set(summary["evaluation"])
+    for when in ("before", "after"):
+        results = json.loads((output / "evaluation" / when / "results.json").read_text())
+        assert results["settings"]["samples"] == 2
+        assert results["settings"]["seed"] == 0
+        mean = results["overall"]["metrics"]["avg@2"]["mean"]
+        assert summary["evaluation"][when]["mean"] == mean
+    assert text == summary_text(summary)
+    assert max(map(len, text.replace(str(output), "out").splitlines())) <= 80
+    card = ModelCard.load(output / "model" / "README.md")
+    assert card.data.library_name == "transformers"
+    for part in (
+        "## Estimator",
+        "PositionClip(low=0.025",
+        "## Results",
+        "| after |",
+        "## Not verified",
+        "max_steps: 4",
+    ):
+        assert part in card.text
+    assert str(output) not in str(card)
+    reloaded = torch.load(output / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert reloaded.max_steps == 4
+
+
+def test_a_finished_run_says_so_and_prints_its_summary(finished, capsys):
+    path, output, text = finished
+    assert main(["train", "--config", str(path), "--logging_steps", "5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == text + "\n"
+    assert captured.err == f"{output} is finished; another output_dir begins anew\n"
+
+
+def test_other_settings_in_the_same_directory_are_refused(finished, capsys):
+    path, output, _ = finished
+    before = {entry: entry.stat().st_mtime_ns for entry in output.rglob("*") if entry.name != ".lock"}
+    error = error_of(capsys, "--config", path, "--learning_rate", "1", "--eval_samples", "3", "--save_steps", "1")
+    assert "learning_rate 0.001 there, 1.0 now" in error
+    assert "eval_samples 2 there, 3 now" in error
+    assert "save_steps" not in error
+    assert "arithmetic?size=9" in error_of(capsys, "--config", path, "--data", "arithmetic?size=9")
+    assert "max_steps 4 there, 6 now" in error_of(
+        capsys, "--config", path, "--max_steps", "6", "--lr_scheduler_type", "linear"
+    )
+    assert before == {entry: entry.stat().st_mtime_ns for entry in output.rglob("*") if entry.name != ".lock"}
+
+
+def test_settings_may_change_until_there_is_something(recipe, tmp_path, capsys):
+    assert "no such file" in error_of(capsys, "--config", recipe, "--model_name_or_path", "./nowhere")
+    assert (tmp_path / "out" / "run.json").exists()
+    assert main(["train", "--config", str(recipe), "--max_steps", "2", "--save_strategy", "no"]) == 0
+    assert "updates       2 with 1 rollout batch" in capsys.readouterr().out
+
+
+def test_more_steps_go_on_where_the_schedule_allows_it(finished, tmp_path, capsys):
+    path, output, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    words = ["train", "--config", str(path), "--output_dir", str(copy), "--max_steps", "6"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert f"going on from {copy}/checkpoint-4" in captured.err
+    assert "evaluating the model before" not in captured.err
+    assert "evaluating the model after" in captured.err
+    assert json.loads((copy / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_directory_with_something_else_is_refused(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert "holds thesis.tex, which no run of ctpo wrote" in error_of(capsys, "--config", recipe)
+    (tmp_path / "file").touch()
+    assert "cannot write to output_dir" in error_of(capsys, "--config", recipe, "--output_dir", tmp_path / "file" / "x")
+
+
+def test_an_adapter_is_trained_and_saved(recipe, tmp_path, capsys):
+    words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2", "--save_strategy", "no"]
+    assert main(["train", "--config", str(recipe), *words]) == 0
+    assert (tmp_path / "out" / "model" / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    again = ["--model_name_or_path", tmp_path / "out" / "model", "--output_dir", tmp_path / "second"]
+    assert "is a LoRA adapter; merge it" in error_of(capsys, "--config", recipe, *again)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(recipe, tmp_path):
+    command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), "--max_steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    lines = []
+    with process.stderr:
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("step "):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130, "".join(lines) + rest
+    assert "saved in" in rest
+    assert rest.splitlines()[-1] == "the same command goes on from there"
+    assert "Traceback" not in rest
+    [saved] = re.findall(r"saved in (\S+);", rest)
+    text, status = run_module.train(
+        ["--config", str(recipe), "--max_steps", str(int(saved.rpartition("-")[2]) + 2), "--save_strategy", "no"]
+    )
+    assert status == 0
+    assert f"{int(saved.rpartition('-')[2]) + 2} with" in text
+
+
+def test_two_processes_are_launched_and_speak_with_one_voice(recipe, tmp_path):
+    words = ["--num_processes", "2", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    words += ["--eval_data", "arithmetic?split=test&size=2", "--eval_samples", "1", "--save_strategy", "no"]
+    words += ["--eval_before", "false"]
+    command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), *words]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("updates       2 with 1 rollout batch") == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["world_size"] == 2
+    assert set(json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]) == {"after"}
+
+
+# ------------------------------------------------------------------------------------------------------ parts of a run
+
+
+@pytest.mark.parametrize("launcher", ["accelerate.commands.accelerate_cli", "torch.distributed.run"])
+def test_launching_hands_all_words_on(recipe, monkeypatch, launcher):
+    launched = []
+
+    def popen(command):
+        launched.append(command)
+        return SimpleNamespace(wait=lambda: 3)
+
+    monkeypatch.setattr(run_module.subprocess, "Popen", popen)
+    words = ["--config", str(recipe), "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+    words += ["--main_process_port", "29500", "--num_processes", "4", "--run_name", "a b"]
+    if launcher.startswith("accelerate"):
+        words += ["--accelerate_config", "zero2"]
+        expected = {"--num_processes=4", "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1"}
+    else:
+        expected = {"--nproc_per_node=2", "--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"}
+    assert run_module.train(words) == ("", 3)
+    command = launched[0]
+    assert command[2] == launcher
+    assert command[-len(words) :] == words
+    assert command[-len(words) - 3 : -len(words)] == ["--module", "ctpo", "train"]
+    assert expected <= set(command)
+
+
+def test_several_gpus_want_a_word(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert "8 GPUs are here" in error_of(capsys, "--config", recipe, "--use_cpu", "false")
+
+
+def test_what_is_scored_is_what_follows_the_last_output_of_the_tool():
+    seen = []
+    function = run_module.scored(lambda prompts, completions, **columns: seen.append((completions, columns)) or [1.0])
+    assert function(["p"], ["c"], ground_truth=["4"]) == [1.0]
+    assert function(["p"], ["c"], rollout_answer=["a"], ground_truth=["4"]) == [1.0]
+    assert seen == [(["c"], {"ground_truth": ["4"]}), (["a"], {"ground_truth": ["4"]})]
+
+
+def test_errors_become_one_line(recipe, tmp_path):
+    plan = parse(["--config", str(recipe)]).plan(world_size=1)
+    clear = run_module._clear
+    assert "make per_device_train_batch_size=4 smaller" in str(clear(torch.OutOfMemoryError("CUDA"), plan, tmp_path))
+    full = clear(RuntimeError("I/O error:\n  No space left on device"), plan, tmp_path)
+    assert isinstance(full, OSError)
+    assert str(full) == "I/O error: No space left on device"
+    other = TypeError("a mistake")
+    assert clear(other, plan, tmp_path) is other
+
+
+def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
+    history = [{"reward": float(i), "num_tokens": 10 * i} for i in range(20)] + [{"train_runtime": 19.0}]
+    found = summarize(
+        history=history,
+        steps=20,
+        updates_per_rollout=4.0,
+        output_dir=tmp_path,
+        evaluations={},
+        comparison=None,
+    )
+    assert (found["reward_first"], found["reward_last"], found["reward_entries"]) == (0.5, 18.5, 2)
+    assert (found["tokens"], found["tokens_per_second"], found["rollout_batches"]) == (190, 10.0, 5)
+    assert "held-out" not in summary_text(found)
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
+    progress = Progress(every=3600.0)
+    state = SimpleNamespace(global_step=0, max_steps=3, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2, 3):
+        state.global_step = step
+        progress.on_log(None, state, None, logs={"reward": step / 4, "completions/mean_length": 12.0})
+    progress.on_train_end(None, state, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["step 1 of 3", "step 3 of 3"]
+    assert "left" in lines[0]
+    assert lines[1] == "step 3 of 3, reward 0.75, tokens 12"
+
+
+def test_progress_on_a_terminal_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress()
+    state = SimpleNamespace(global_step=0, max_steps=2, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2):
+        state.global_step = step
+        progress.on_log(None, state, None, logs={"reward": 0.5})
+    progress.on_train_end(None, state, None)
+    written = capsys.readouterr().err
+    assert written.count("\n") == 1
+    assert written.count("\r") == 3
