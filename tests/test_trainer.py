@@ -329,6 +329,22 @@ def test_a_ratio_without_limit_at_an_advantage_of_0(estimator: str) -> None:
     assert_close(gradient, expected, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("estimator", sorted({"grpo", "ctpo_fixed", *LIMITED} - {"reinforce", "trm_max"}))
+def test_tokens_that_have_become_impossible(estimator: str) -> None:
+    """A log-probability of -inf, of a policy token or of a masked one, is a ratio of 0 and no NaN."""
+    trainer = idle(estimator=estimator)
+    logp, old, advantages, mask = values(72, spread=0.1)
+    for row in range(5):
+        own = mask[row].nonzero()[:, 0]
+        logp[row, own[row % len(own)]] = -math.inf
+        logp[row] = torch.where(~mask[row], -math.inf, logp[row])
+    loss, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+    _, expected = policy_loss(trainer.args, logp, old, advantages, mask)
+    assert loss.isfinite()
+    # What remains of a cut product, e^-20, is not 0 in `policy_loss`.
+    assert_close(gradient, expected, scale=1.0, tolerance=1e-8)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("estimator", ["ctpo", "grpo", "gppo"])
 def test_micro_batches_add_up(estimator: str, aggregation: str) -> None:
@@ -917,3 +933,27 @@ def test_trl_scores_old_log_probabilities_first(tmp_path: Path) -> None:
         trainer.train()
     # Four micro-batches' old ones, the noise floor, two updates.
     assert scored == ["reference"] + 7 * ["policy"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments.
+
+
+def test_arguments_that_are_refused() -> None:
+    model, tokenizer = tiny_chat_model()
+    data = Dataset.from_dict({"prompt": ["a"]})
+    stock = config_on_cpu(tempfile.gettempdir(), loss_type="grpo")
+    with pytest.raises(ValueError, match="args must be a CTPOConfig, got GRPOConfig"):
+        CTPOTrainer(model, rewards, stock, data, processing_class=tokenizer)
+    ours = config_on_cpu(tempfile.gettempdir(), CTPOConfig, python_tool="calls")
+    with pytest.raises(ValueError, match="tools must be None with python_tool='calls'"):
+        CTPOTrainer(model, rewards, ours, data, processing_class=tokenizer, tools=[len])
+
+
+def test_cautions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "ctpo.train.trainer"):
+        made()
+        assert "Every importance ratio is 1" in caplog.text
+        caplog.clear()
+        made(steps_per_generation=4)
+        assert "importance ratio" not in caplog.text

@@ -189,10 +189,12 @@ class CTPOTrainer(ResumableTrainer):
         # What TRL compares with a threshold of its own is the policy that sampled.
         inputs.setdefault("sampling_per_token_logps", old)
         self.args.delta = None
+        # A token that has become impossible keeps a ratio of 0, which -inf less -inf would not be.
+        base = logp.nan_to_num(nan=torch.nan, neginf=0.0)
         if self._route == "coefficients":
             # Where A is 0 a ratio that has overflowed must not make it NaN.
             weight = found.coefficients.weight.where(found.advantages != 0, 0.0)
-            inputs["old_per_token_logps"] = logp - weight.abs().log()
+            inputs["old_per_token_logps"] = base - weight.abs().log()
             inputs["advantages"] = found.advantages * weight.sign().where(weight != 0, 1.0)
             self.epsilon_low = self.epsilon_high = torch.inf
             return
@@ -201,7 +203,7 @@ class CTPOTrainer(ResumableTrainer):
         limit = estimator.max_log_ratio or _LARGEST
         low, high, dual = clip.bounds(found.position)  # type: ignore[union-attr]
         cap = torch.full_like(high, limit) if dual is None else dual.clamp(max=limit)
-        inputs["old_per_token_logps"] = logp - found.log_ratio.clamp(-2 * _LARGEST, limit + 1.0)
+        inputs["old_per_token_logps"] = base - found.log_ratio.clamp(-2 * _LARGEST, limit + 1.0)
         self.epsilon_low, self.epsilon_high = -torch.expm1(low), torch.expm1(high.clamp(max=limit))
         self.args.delta = cap.exp()  # type: ignore[assignment]
 
