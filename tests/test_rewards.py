@@ -1244,6 +1244,16 @@ def test_trl_scores_and_logs(functions):
     assert extra == {"reward_failures": [f"{name}: ValueError", ""]}
 
 
+def test_answer_that_the_trainer_found_is_scored():
+    with Rewards("format") as rewards:
+        function = rewards.as_trl()
+        given = {"prompts": ["2+2?"] * 2, "completions": [[{"role": "assistant", "content": r"\boxed{4}"}]] * 2}
+        assert function(**given) == [1.0, 1.0]
+        assert function(**given, rollout_answer=["", r"\boxed{5}"]) == [0.0, 1.0]
+        with pytest.raises(ValueError, match="rollout_answer must be as many as prompts, got 1 and 2"):
+            function(**given, rollout_answer=[""])
+
+
 def test_trl_is_told_of_a_missing_column():
     call = {"prompts": ["a"] * 2, "completions": [boxed("1")] * 2, "trainer_state": object()}
     with Rewards("math", timeout=PATIENT) as rewards:

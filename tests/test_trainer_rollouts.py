@@ -407,6 +407,16 @@ def test_samples_are_those_of_the_trainer(make):
     assert trainer.generation_config.max_new_tokens == 30
 
 
+def test_no_more_is_sampled_than_there_is_room_for(make):
+    trainer = make([[call("1"), "x" * 300]], max_completion_length=200)
+    found, recording = recorded(trainer)
+    with recording:
+        (mask,) = roll(trainer, 1)["env_mask"]
+    assert len(mask) == 200
+    first, second = (len(ids) for ((ids,),) in zip(found.values(), strict=True))
+    assert second == 200 - first - mask.count(0)
+
+
 def test_random_tokens_reach_the_loss_unchanged(make):
     """What a random model samples is hardly ever text."""
     trainer = make(tool="fenced", template="plain")
