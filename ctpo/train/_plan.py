@@ -100,6 +100,7 @@ def stand_in(name: str) -> Iterator[str]:
 
 def plan_text(options: Options, *, width: int = 80) -> str:
     """All that is to be known before a run."""
+    width -= 2  # what is below a title is indented
     processes = processes_of(options.run_config())
     plan = options.plan(world_size=processes)
     with stand_in(str(plan.model.model_name_or_path)) as model:
@@ -142,7 +143,7 @@ def _settings(options: Options, width: int) -> list[str]:
         margin = min(_MARGIN, max(map(len, names), default=0) + 4)
         for name in names:
             mark = "*" if options.origins[name] == "recipe" else "+"
-            lines += _field(f"{mark} {name}", _shown(options.given[name]), width - 2, margin)
+            lines += _field(f"{mark} {name}", _shown(options.given[name]), width, margin)
     return lines
 
 
