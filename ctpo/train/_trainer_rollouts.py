@@ -209,7 +209,7 @@ def _samples_together(trainer: Any) -> bool:
 
 
 def _all_gather(value: Any) -> list[Any]:
-    from accelerate.utils import gather_object  # type: ignore[import-untyped]
+    from accelerate.utils import gather_object
 
     return list(gather_object([value]))
 

@@ -127,6 +127,8 @@ class CTPOTrainer(ResumableTrainer):
             # Chosen here on purpose; the range of TRL's versions is pinned.
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(model, reward_funcs, args, *positional, **others)
+        if self.sandbox is not None and args.python_tool != "none":
+            self._tool_rollouts = python_rollouts(self, self.sandbox)
         # TRL knows fewer; what it makes of this one is replaced.
         self.vllm_importance_sampling_mode = "token_mask"
         # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
@@ -188,7 +190,6 @@ class CTPOTrainer(ResumableTrainer):
             return
         # What TRL compares with a threshold of its own is the policy that sampled.
         inputs.setdefault("sampling_per_token_logps", old)
-        self.args.delta = None
         # A token that has become impossible keeps a ratio of 0, which -inf less -inf would not be.
         base = logp.nan_to_num(nan=torch.nan, neginf=0.0)
         if self._route == "coefficients":
@@ -274,7 +275,7 @@ class CTPOTrainer(ResumableTrainer):
             return inputs
         self._score_old()
         self._measure_noise()
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _score_old(self) -> None:
         """Old log-probabilities of a new rollout batch, each micro-batch as its update will score it."""
@@ -410,9 +411,7 @@ class CTPOTrainer(ResumableTrainer):
     # ------------------------------------------------------------------------------------------------------- rollouts
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> Mapping[str, Any]:
-        if self._tool_rollouts is None:
-            assert self.sandbox is not None
-            self._tool_rollouts = python_rollouts(self, self.sandbox)
+        assert self._tool_rollouts is not None
         return self._tool_rollouts(prompts, trainer)
 
     def _generate(self, prompts: list[Any]) -> Any:
