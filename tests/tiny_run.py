@@ -8,7 +8,8 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl_harness import VOCABULARY, config_on_cpu, tiny_model
@@ -56,15 +58,27 @@ def tiny_trainer(
         pad_token="<pad>",
         eos_token="<eos>",
     )
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     rows = [f"{first} {second}" for first in "abcd" for second in "efgh"][:prompts]
-    return kind(
-        elsewhere.pop("model", None) or tiny_model(),
-        reward_funcs=reward,
-        args=config_on_cpu(directory, CTPOConfig if issubclass(kind, CTPOTrainer) else GRPOConfig, **given | options),
-        train_dataset=Dataset.from_dict({"prompt": rows}),
-        processing_class=tokenizer,
-        **elsewhere,
-    )
+    with quiet():
+        return kind(
+            elsewhere.pop("model", None) or tiny_model(),
+            reward_funcs=reward,
+            args=config_on_cpu(
+                directory, CTPOConfig if issubclass(kind, CTPOTrainer) else GRPOConfig, **given | options
+            ),
+            train_dataset=Dataset.from_dict({"prompt": rows}),
+            processing_class=tokenizer,
+            **elsewhere,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # TRL 1.16 asks transformers 5.23 by the former name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def train(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
@@ -72,9 +86,7 @@ def train(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
     random.seed(99)
     np.random.seed(99)  # noqa: NPY002
     torch.manual_seed(99)
-    with warnings.catch_warnings():
-        # TRL 1.16 asks transformers 5.23 by the former name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with quiet():
         trainer.train(**options)
     return trainer
 

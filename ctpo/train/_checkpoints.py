@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +36,6 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import send_to_device
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -106,7 +106,7 @@ class ResumableTrainer(GRPOTrainer):
         self.interrupted_by: signal.Signals | None = None
         self._caught = 0
         self._to_restore: dict[str, Any] | None = None
-        self._reference: Path | None = None
+        self._resumed_from = Path()
         self._sampler: Any = None
         self._order: torch.Tensor | None = None  # the sampler's generator at the beginning of the epoch
         self._data_fingerprint: str | None = None
@@ -183,7 +183,7 @@ class ResumableTrainer(GRPOTrainer):
         self._compare(path, manifest["settings"])
         if self.args.dataloader_persistent_workers and self.args.should_save:
             logger.warning("dataloader_persistent_workers=True: later epochs draw other random numbers after a resume")
-        self._reference = path / REFERENCE
+        self._resumed_from = path
         return torch.load(path / self._state_name, map_location="cpu", weights_only=True)
 
     def _compare(self, path: Path, saved: Mapping[str, Any]) -> None:
@@ -240,8 +240,11 @@ class ResumableTrainer(GRPOTrainer):
         self._initial_global_step = self._initial_num_input_tokens_seen = 0
         if state["order"] is not None:
             self._sampler.generator.set_state(state["order"])
-        if self.args.sync_ref_model and self._reference is not None and self._reference.exists():
-            load_model(self.accelerator.unwrap_model(self.ref_model), self._reference)
+        if self.args.sync_ref_model and (self._resumed_from / REFERENCE).exists():
+            load_model(self.accelerator.unwrap_model(self.ref_model), self._resumed_from / REFERENCE)
+        if self.state.global_step >= self.state.max_steps:
+            # transformers does it before the first step.
+            self._load_rng_state(str(self._resumed_from))
         self._load_extra_state(state["extra"])
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -282,7 +285,7 @@ class ResumableTrainer(GRPOTrainer):
                 if writes:
                     saved = {"step": self.state.global_step, "settings": self._settings()}
                     finish(path, saved, resumable=not self.args.save_only_model)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             reason = _write_error(error, directory)
             if reason is None:
                 raise
@@ -477,11 +480,12 @@ def _write_error(error: Exception, directory: Path) -> str | None:
     """Why a file could not be written; None where that is not what went wrong."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if isinstance(error, SafetensorError):
-        return str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
-    if "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error):
+    text = str(error)
+    if from_rust := re.search(r"([^:]+) \(os error \d+\)", text):  # safetensors, tokenizers
+        return from_rust[1].strip()
+    if any(part in text for part in ("inline_container.cc", "PytorchStreamWriter", "iostream error")):
         # torch does not tell.
-        return f"a file was cut off, {shutil.disk_usage(directory).free / 1e6:.1f} MB are free there"
+        return f"a file was cut off; {shutil.disk_usage(directory).free / 1e6:.1f} MB are free there"
     return None
 
 
