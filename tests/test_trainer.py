@@ -570,8 +570,8 @@ def alone(trainer: CTPOTrainer, batch: Tensors, row: int) -> torch.Tensor:
 def test_noise_floor(precision: str, rows: int) -> None:
     """Every logged number by a direct computation, at the second rollout of a policy that has moved."""
     learning = {"float32": 1e-2, "autocast": 1e-2, "bfloat16": 0.1}[precision]
-    options = REUSED | PRECISIONS[precision] | {"learning_rate": learning, "max_steps": 2}
-    trainer = made(watched(CTPOTrainer), noise_floor_sequences=rows, **options | {"max_steps": 3})
+    options = REUSED | PRECISIONS[precision] | {"learning_rate": learning, "max_steps": 5}
+    trainer = made(watched(CTPOTrainer), noise_floor_sequences=rows, **options)
     measured: list[torch.Tensor] = []
     prepare = trainer._prepare_inputs
 
@@ -586,20 +586,47 @@ def test_noise_floor(precision: str, rows: int) -> None:
 
     trainer._prepare_inputs = spied
     trainer.train()
-    first, _, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    first, _, second, _, third = (entry for entry in trainer.state.log_history if "loss" in entry)
     difference = torch.cat(measured)
     token = (difference**2).mean().sqrt().item()
     sqrt_t = torch.tensor([(d.sum() ** 2 / len(d)).item() for d in measured]).mean().sqrt().item()
     assert second["noise_floor/token"] == pytest.approx(token, rel=1e-6)
     assert second["noise_floor/sqrt_t"] == pytest.approx(sqrt_t, rel=1e-6)
-    moved = torch.cat([(logp - old).double() for step, old, logp in trainer.seen if step in (2, 3)])
-    assert second["noise_floor/share"] == pytest.approx(token**2 / (moved**2).mean().item(), rel=1e-5)
     assert "noise_floor/share" not in first
+    for entry, steps in ((second, (2, 3)), (third, (6, 7))):
+        moved = torch.cat([(logp - old).double() for step, old, logp in trainer.seen if step in steps])
+        share = entry["noise_floor/token"] ** 2 / (moved**2).mean().item()
+        assert entry["noise_floor/share"] == pytest.approx(share, rel=1e-5)
     if precision == "float32":
         assert token < 1e-5
     else:
         # Another shape of the batch, the same weights: the update's own shape is what makes ratios of 1.
         assert 1e-4 < token < 0.1
+
+
+def test_noise_floor_of_policy_tokens() -> None:
+    """Output of a tool is no token of the policy, and a sequence without any is passed over."""
+    trainer = made(dtype=torch.bfloat16, noise_floor_sequences=3)
+    batch, mask = scored_batch()
+    mask[1] = False
+    batch["tool_mask"][1] = 0
+    trainer._buffered_inputs = [batch]
+    trainer._measure_noise()
+    with torch.no_grad():
+        ids, attended = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        together, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, attended, 9)
+    differences, outside = [], []
+    for row in (0, 2, 3):
+        length = int(batch["completion_mask"][row].sum())
+        difference = (alone(trainer, batch, row) - together[row, :length]).double()
+        differences.append(difference[mask[row, :length]])
+        outside.append(difference[~mask[row, :length]])
+    token = (torch.cat(differences) ** 2).mean().sqrt().item()
+    sqrt_t = torch.tensor([(d.sum() ** 2 / len(d)).item() for d in differences]).mean().sqrt().item()
+    assert token > 1e-4
+    assert torch.cat(outside).abs().sum() > 0
+    assert trainer._metrics["train"]["noise_floor/token"] == pytest.approx([token], rel=1e-6)
+    assert trainer._metrics["train"]["noise_floor/sqrt_t"] == pytest.approx([sqrt_t], rel=1e-6)
 
 
 def test_noise_floor_on_policy() -> None:
@@ -769,6 +796,11 @@ def test_off_policy_sequence_masking(estimator: str) -> None:
     logp, old, advantages, mask = values(81, spread=0.02)
     logp[1] -= 0.05
     logp[4] += 0.05
+    # The first half of its tokens down, the others up: their mean stays, a mean of prefix products would not.
+    own = mask[0].nonzero()[:, 0]
+    half = len(own) // 2
+    logp[0, own[:half]] -= 0.1
+    logp[0, own[-half:]] += 0.1
     advantages[0], advantages[5] = -1.0, -1.0
     _, gradient = loss_of(
         idle(estimator=estimator, off_policy_mask_threshold=threshold), logp, batch_of(old, advantages, mask)
@@ -776,7 +808,7 @@ def test_off_policy_sequence_masking(estimator: str) -> None:
     _, expected = loss_of(idle(estimator=estimator), logp, batch_of(old, advantages, mask))
     divergence = ((old - logp) * mask).sum(1) / mask.sum(1).clamp(min=1)
     dropped = (advantages < 0) & (divergence > threshold)
-    assert dropped.tolist()[1:5] == [True, False, False, False]
+    assert dropped.tolist() == [False, True, False, False, False, False]
     assert_close(gradient, expected.masked_fill(dropped[:, None], 0.0), tolerance=1e-12)
     assert expected[dropped].abs().sum() > 0
     # With the engine's log-probabilities in the batch it is they that are compared.
