@@ -91,7 +91,7 @@ def sizes_of(name: str, peft: Any = None, *, revision: str | None = None) -> Siz
     """The sizes of a model by name; None where nothing here knows its configuration.
 
     Args:
-        name: A directory, or a name on the Hub that lies in the cache or belongs to a recipe.
+        name: A directory, a .gguf file, or a name on the Hub that lies in the cache or belongs to a recipe.
         peft: The configuration of adapters, of `peft`; None for none.
         revision: Of the Hub.
 
@@ -139,6 +139,8 @@ def _config_of(name: str, revision: str | None) -> tuple[Any, str] | None:
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return AutoConfig.from_pretrained(path), str(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name), str(path)
     with offline(), contextlib.suppress(Exception):  # not in the cache, in whatever words
         return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True), "the cache of the Hub"
     if name in _KNOWN:

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 __all__ = [
     "Options",
@@ -221,8 +221,15 @@ class Options:
                 "data is missing: a file, a directory, hub:NAME, reasoning-gym:TASK or arithmetic?difficulty=2"
             )
         given = self._part(CTPOConfig)
-        with _quiet():
-            trainer = CTPOConfig(**given) if world_size is None else _planned(CTPOConfig, given, world_size)
+        try:
+            with _quiet():
+                trainer = CTPOConfig(**given) if world_size is None else _planned(CTPOConfig, given, world_size)
+        except ValueError as error:
+            if "doesn't support bf16" in str(error):
+                raise ValueError(
+                    "bf16: no GPU that computes in bfloat16 is here; on a processor: --use_cpu true --bf16 false"
+                ) from None
+            raise ValueError(" ".join(str(error).split())) from None
         return Plan(self, run, trainer, model)
 
     def _part(self, kind: Any) -> dict[str, Any]:

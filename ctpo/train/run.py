@@ -121,7 +121,13 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
             first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
             os.environ["CUDA_VISIBLE_DEVICES"] = first
         return None
-    _check(options.plan(world_size=processes))
+    plan = options.plan(world_size=processes)
+    here, needed = torch.cuda.device_count(), -(-processes // run.num_machines)
+    if not plan.trainer.use_cpu and here < needed:
+        raise ValueError(
+            f"{needed} GPUs are needed here, {here} are there: choose num_processes, or look at a --dry-run"
+        )
+    _check(plan)
     if run.accelerate_config is None and options.given.get("use_cpu"):
         # Accelerate's launcher has processors on one machine by MPI only.
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // run.num_machines}"]
@@ -165,10 +171,12 @@ def _calm() -> Iterator[None]:
     """Without the bars and remarks of those who load and train models; warnings that concern the user are ours."""
     import warnings
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # it tells of every attempt to reach the Hub
     if not sys.stderr.isatty():
         import datasets
         from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -643,7 +651,8 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
         raise _clear(error, plan, Path(args.output_dir), f"model {model!r} cannot be trained") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress())
+    # The first: before anyone prints, it ends its line.
+    trainer.callback_handler.callbacks.insert(0, Progress())
     trainer.create_model_card = lambda *_, **__: None  # TRL's, at every checkpoint; ours comes at the end
     return trainer
 
