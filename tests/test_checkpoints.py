@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,10 @@ def test_state_that_could_not_be_read_back_is_refused_when_it_is_saved(
 def test_kill_9_loses_nothing_before_the_last_complete_checkpoint(tmp_path: Path) -> None:
     options = {**SHORT, "save_steps": 1, "max_steps": 12}
     whole = KilledRun(tmp_path / "whole", **options)
+    start = time.perf_counter()
     assert whole.wait(whole.go_on()) == 0
-    moments = np.random.default_rng(3).uniform(0.1, 0.4, 3)
+    moments = (time.perf_counter() - start) * np.random.default_rng(3).uniform(0.2, 0.4, 3)
+    # `python tests/killed_runs.py` does it 20 times.
     reached, _ = kill_at_moments(tmp_path / "killed", list(moments), **options)
     assert reached == sorted(reached)
     killed = KilledRun(tmp_path / "killed").result()

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import resumed_ranks
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_run import differences, outcome, same, tiny_trainer, train
+from tiny_models import tiny_chat_model
+from tiny_run import differences, outcome, quiet, same, tiny_trainer, train
 from transformers import TrainerCallback
 from trl import GRPOTrainer
-from trl_harness import tiny_model
+from trl_harness import config_on_cpu, tiny_model
 
 from ctpo.train._checkpoints import ResumableTrainer
+from ctpo.train._trainer_rollouts import TrainerGenerator
+from ctpo.train.config import CTPOConfig
+from ctpo.train.sandbox import open_sandbox
 from ctpo.train.trainer import CTPOTrainer
 
 EVALUATED: dict[str, Any] = {"eval_dataset": Dataset.from_dict({"prompt": ["a b"]}), "per_device_eval_batch_size": 2}
@@ -141,6 +147,69 @@ def test_a_subclass_gets_back_what_it_added(tmp_path: Path) -> None:
     resumed = tiny_trainer(tmp_path, kind=Counting, **HALF)
     train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.count == 8
+
+
+def test_two_processes_stop_together_and_each_takes_up_its_own_state(tmp_path: Path) -> None:
+    ranks = resumed_ranks.run(tmp_path)
+    for found in ranks:
+        assert found["stopped"] == (resumed_ranks.CUT, signal.SIGINT)  # which only the second one got
+        assert differences(found["resumed"], found["whole"]) == []
+    # Each draws its own, and has its own share of the rollouts.
+    assert not same(ranks[0]["whole"]["random"], ranks[1]["whole"]["random"])
+    cut = tmp_path / "cut" / f"checkpoint-{resumed_ranks.CUT}"
+    states = [torch.load(cut / f"ctpo_state_{rank}.pt", weights_only=True)["buffered_inputs"] for rank in range(2)]
+    assert not same(*states)
+
+
+def test_so_is_one_with_the_python_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions end with their rollout: a checkpoint, between steps, never holds one."""
+    sample = TrainerGenerator.generate_with_logps
+    outputs = []
+
+    def call_it(generator: TrainerGenerator, rows: Any, *args: Any) -> Any:
+        # Turns of a random model, the first ones replaced by code that is as random.
+        turns, logps = sample(generator, rows, *args)
+        for i, row in enumerate(rows):
+            text = generator.tokenizer.decode(row)
+            if "output" in text:
+                outputs.append(text)
+            else:
+                code = f"```python\nx = {torch.randint(100, ()).item()}\nprint(x * x)\n```\n"
+                turns[i] = generator.tokenizer.encode(code)
+        return turns, logps
+
+    monkeypatch.setattr(TrainerGenerator, "generate_with_logps", call_it)
+
+    def finish(directory: str, **options: Any) -> dict[str, Any]:
+        model, tokenizer = tiny_chat_model("plain")
+        with quiet(), open_sandbox("monty") as sandbox:
+            trainer = CTPOTrainer(
+                model,
+                lambda completions, **_: [float(len(str(completion)) % 7) for completion in completions],
+                config_on_cpu(
+                    tmp_path / directory,
+                    CTPOConfig,
+                    python_tool="fenced",
+                    max_completion_length=100,
+                    per_device_train_batch_size=2,
+                    steps_per_generation=2,
+                    num_iterations=2,
+                    max_steps=6,
+                    save_strategy="steps",
+                    save_steps=2,
+                    learning_rate=1e-3,
+                    disable_tqdm=True,
+                ),
+                train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i}"}] for i in range(3)]}),
+                processing_class=tokenizer,
+                sandbox=sandbox,
+            )
+            return outcome(train(trainer, **options))
+
+    whole = finish("whole")
+    assert len(outputs) >= 8
+    resumed = finish("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert differences(resumed, whole) == []
 
 
 # ------------------------------------------------------------------------------------------------------- the last step

@@ -81,11 +81,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def train(trainer: GRPOTrainer, **options: Any) -> GRPOTrainer:
+def train(trainer: GRPOTrainer, *, seed: int = 99, **options: Any) -> GRPOTrainer:
     """Train; nothing that was drawn before in this process has a part in it."""
-    random.seed(99)
-    np.random.seed(99)  # noqa: NPY002
-    torch.manual_seed(99)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
     with quiet():
         trainer.train(**options)
     return trainer
