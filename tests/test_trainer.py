@@ -64,7 +64,7 @@ def made(
     *,
     saved: Path | None = None,
     directory: str | Path | None = None,
-    reward: Callable[..., list[Any]] = rewards,
+    reward: Any = rewards,
     peft: LoraConfig | None = None,
     dtype: torch.dtype = torch.float32,
     **options: Any,
@@ -752,6 +752,26 @@ def test_advantages(options: dict[str, Any]) -> None:
     assert any(advantage for _, advantage, *_ in rows)
 
 
+def test_rewards_of_several_functions() -> None:
+    """Weighted and summed over those that have one; advantages against the completions with any."""
+
+    def first(completions: list[str], **_: Any) -> list[float | None]:
+        return [1.0, None, 3.0, None] * (len(completions) // 4)
+
+    def second(completions: list[str], **_: Any) -> list[float | None]:
+        return [0.5, 4.0, None, None] * (len(completions) // 4)
+
+    options = {"leave_one_out": True, "scale_rewards": "none", "reward_weights": [1.0, 2.0]}
+    trainer = made(reward=[first, second], num_generations=4, max_steps=1, **options)
+    trainer.train()
+    (batch,) = trainer._buffered_inputs
+    found = zip(*(batch[name].tolist() for name in ("rewards", "advantages")), strict=True)
+    expected = zip([2.0, 3.0, 8.0], oracle.leave_one_out([2.0, 3.0, 8.0]), strict=True)
+    pairs = sorted(pair for pair in found if not math.isnan(pair[0]))
+    assert [x for pair in pairs for x in pair] == pytest.approx([x for pair in expected for x in pair], rel=1e-6)
+    assert batch["advantages"][batch["rewards"].isnan()].tolist() == [0.0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # TRL's further terms, with the estimator's loss.
 
@@ -884,6 +904,17 @@ def test_evaluation_changes_nothing(estimator: str) -> None:
     assert "eval_reward" in evaluated[0]
     ours = [{key: entry[key] for key in entry if "time" not in key} for entry in log if "loss" in entry]
     assert ours == plain_log[:4]
+
+
+def test_evaluation_is_that_of_trl() -> None:
+    """Its loss too, for which TRL scores old log-probabilities itself."""
+    found = []
+    options = {"steps_per_generation": 4, "per_device_eval_batch_size": 4}
+    for kind, own in ((CTPOTrainer, {"estimator": "dapo"}), (GRPOTrainer, {"loss_type": "dapo", "epsilon_high": 0.28})):
+        metrics = made(kind, **options, **own).evaluate()
+        found.append({name: metrics[name] for name in ("eval_loss", "eval_reward", "eval_entropy", "eval_reward_std")})
+    assert found[0] == found[1]
+    assert found[0]["eval_loss"] != 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
