@@ -47,6 +47,7 @@ class Case(NamedTuple):
     options: Mapping[str, Any]
     dtype: torch.dtype = torch.float64
     mistake: str = ""  # what to do wrong on the ranks
+    stops: int = 0  # stop after so many steps, and go on with another trainer
 
 
 class Found(NamedTuple):
@@ -69,6 +70,8 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
         "scale_rewards": "group",
+        "per_device_train_batch_size": rows,
+        "save_strategy": "no",
     }
     return CTPOConfig(
         output_dir=str(directory),
@@ -77,10 +80,8 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
         bf16=False,
         activation_checkpointing=False,
         disable_tqdm=True,
-        save_strategy="no",
         logging_steps=1,
         num_generations=GROUP,
-        per_device_train_batch_size=rows,
         max_completion_length=LONGEST,
         noise_floor_sequences=rows,  # all of the first micro-batch
         **defaults | case.options,
@@ -90,21 +91,18 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
 class Rollouts:
     """Completions with tool gaps, of 1 to 40 tokens, some without a token of the policy."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         first = trainer.accelerator.process_index * len(prompts)
-        made = [self.one(prompt, first + i) for i, prompt in enumerate(prompts)]
-        self.calls += 1
+        before = trainer._step // trainer.args.steps_per_generation // trainer.num_iterations  # rollout batches
+        made = [self.one(prompt, before, first + i) for i, prompt in enumerate(prompts)]
         ids, completions, masks = (list(x) for x in zip(*made, strict=True))
         return {"prompt_ids": ids, "completion_ids": completions, "env_mask": masks, "logprobs": None}
 
-    def one(self, prompt: str, row: int) -> tuple[list[int], list[int], list[int]]:
-        rng = np.random.default_rng([self.calls, row, zlib.crc32(prompt.encode())])
+    def one(self, prompt: str, before: int, row: int) -> tuple[list[int], list[int], list[int]]:
+        rng = np.random.default_rng([before, row, zlib.crc32(prompt.encode())])
         length = int(rng.integers(1, LONGEST + 1))
         completion, mask = rng.integers(2, len(VOCABULARY), length), (rng.random(length) < 0.8).astype(int)
-        if row % 7 == 3 or (self.calls == 1 and row >= ROWS * SPLITS):  # all rows of the second rank
+        if row % 7 == 3 or (before == 1 and row >= ROWS * SPLITS):  # all rows of the second rank
             mask[:] = 0
         if length < LONGEST:
             completion[-1] = 1
@@ -178,8 +176,8 @@ def ordered(orders: Sequence[Order] | None) -> Iterator[Order]:
         yield taken
 
 
-def train(case: Case, directory: Path, size: int, orders: Sequence[Order] | None = None) -> Found:
-    """One run, in this process or on all ranks."""
+def trainer_of(case: Case, directory: Path, size: int) -> Trainer:
+    """A trainer at the start."""
     words = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
@@ -194,14 +192,8 @@ def train(case: Case, directory: Path, size: int, orders: Sequence[Order] | None
         pad_token_id=0,
         eos_token_id=1,
     )
-    with ExitStack() as stack:
-        taken = stack.enter_context(ordered(orders))
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-        # TRL 1.16 asks transformers 5.23 by the former name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        if case.dtype == torch.float64:
-            stack.enter_context(patch.object(trl_module, "add_fused_lm_head", exact_head))
         trainer = Trainer(
             model,
             reward_funcs=reward,
@@ -210,19 +202,35 @@ def train(case: Case, directory: Path, size: int, orders: Sequence[Order] | None
             processing_class=tokenizer,
             rollout_func=Rollouts(),
         )
-        trainer.mistake = case.mistake
-        if case.mistake == "positions of the rank":
-            everybody = trainer._by_position.pop
-            trainer._by_position.pop = lambda gather: everybody(None)
-        trainer.train()
-    parameters = {name: x.detach().clone() for name, x in model.named_parameters()}
+    trainer.mistake = case.mistake
+    if case.mistake == "positions of the rank":
+        everybody = trainer._by_position.pop
+        trainer._by_position.pop = lambda gather: everybody(None)
+    return trainer
+
+
+def train(case: Case, directory: Path, size: int, orders: Sequence[Order] | None = None) -> Found:
+    """One run, in this process or on all ranks."""
+    with ExitStack() as stack:
+        taken = stack.enter_context(ordered(orders))
+        stack.enter_context(warnings.catch_warnings())
+        # TRL 1.16 asks transformers 5.23 by the former name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        if case.dtype == torch.float64:
+            stack.enter_context(patch.object(trl_module, "add_fused_lm_head", exact_head))
+        if case.stops:
+            options = {"max_steps": case.stops, "save_strategy": "steps", "save_steps": case.stops}
+            trainer_of(case._replace(options=dict(case.options) | options), directory, size).train()
+        trainer = trainer_of(case, directory, size)
+        trainer.train(resume_from_checkpoint=True if case.stops else None)
+    parameters = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
     return Found(parameters, trainer.state.log_history, taken)
 
 
 def run(cases: Mapping[str, Case], folder: Path) -> list[dict[str, Found]]:
     """What each rank has found."""
-    # A server imports once what both need, and they are forked from it.
-    multiprocessing.set_forkserver_preload(["data_parallel_ranks"])
+    # A server imports once what takes long, and they are forked from it.
+    multiprocessing.set_forkserver_preload(["ctpo.train.trainer"])
     torch.multiprocessing.start_processes(work, args=(cases, str(folder)), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_parallel_ranks import SPLITS, Case, Found, run, train
+from data_parallel_ranks import ROWS, SPLITS, Case, Found, run, train
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 EXACT = 1e-10  # in float64
@@ -150,3 +150,28 @@ def test_order_of_the_rows_matters_between_updates_only(tmp_path: Path) -> None:
     assert difference(ranks[0]["several"], by_itself["several"]) > 1e-3
     replayed = train(cases["several"], tmp_path / "replayed", 1, [rank["several"].orders for rank in ranks])
     assert difference(ranks[0]["several"], replayed) <= EXACT
+
+
+def test_more_micro_batches_stand_in_for_a_process(tmp_path: Path) -> None:
+    """Half the processes with twice the micro-batches a step and a rollout, instead of twice the rows in each."""
+    cases = {name: ESTIMATORS[name] for name in ("ctpo, token-mean", "ctpo, seq-mean-token-mean")}
+    ranks = run(cases, tmp_path)
+    for name, case in cases.items():
+        twice = {
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 2 * SPLITS,
+            "per_device_train_batch_size": ROWS,
+        }
+        more = case._replace(options=dict(case.options) | twice)
+        one = train(more, tmp_path / f"{name}, one", 1, [rank[name].orders for rank in ranks])
+        assert difference(ranks[0][name], one) <= EXACT, name
+
+
+def test_two_processes_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Cut within a rollout batch, which each rank has shuffled for itself: bit for bit as without a stop."""
+    options = {"optim": "adamw_torch", "learning_rate": 0.01}
+    ranks = run({"whole": Case(options), "cut": Case(options, stops=3)}, tmp_path)
+    for rank in ranks:
+        assert difference(rank["whole"], rank["cut"]) == 0.0
+        assert not unlike(rank["whole"], rank["cut"], 0.0)
+        assert len(rank["cut"].orders) == 2  # no rollout batch is made twice
