@@ -318,6 +318,18 @@ def test_overflowing_ratios(estimator: str, dtype: torch.dtype) -> None:
         assert_close(gradient, expected, scale=float(expected.abs().max()), tolerance=tolerance)
 
 
+def test_no_limit_is_one_of_40() -> None:
+    """A larger ratio has weight 0 instead of one of which the gradient's norm is infinite."""
+    trainer = idle(estimator="ctpo_fixed", max_log_ratio=0.0, max_token_log_ratio=0.0)
+    logp, old, advantages, mask = values(73, spread=0.0, dtype=torch.float32)
+    for total, weight in ((39.0, math.exp(39)), (45.0, 0.0), (1e4, 0.0)):
+        last = int(mask[4].nonzero()[-1])
+        logp[4, last] = old[4, last] + total
+        _, gradient = loss_of(trainer, logp, batch_of(old, advantages, mask))
+        assert gradient[4, last].item() == pytest.approx(1.5 * weight / len(mask) / int(mask[4].sum()), rel=1e-3)
+        assert (gradient**2).sum().isfinite()
+
+
 @pytest.mark.parametrize("estimator", ["sequence", "lookahead"])
 def test_a_ratio_without_limit_at_an_advantage_of_0(estimator: str) -> None:
     """0 times a ratio that has overflowed is 0."""

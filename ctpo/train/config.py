@@ -80,8 +80,9 @@ class CTPOConfig(GRPOConfig):
             it: makes the window a `CalibratedClip`, which a share of `clip_low` and `clip_high` of the tokens leaves.
             Needs `clip_low`, `clip_high` and `clip_drift`.
         estimator_window: Number of tokens of the estimators "lookahead" and "nfpo".
-        max_log_ratio: Numerical limit of a log-ratio, see `ctpo.Estimator`; 0 for none. This and the next do not go
-            with an estimator that is a loss of TRL itself, which has no such limit.
+        max_log_ratio: Numerical limit of a log-ratio, see `ctpo.Estimator`; 0 for none. (A window's is then 40: the
+            square of a larger ratio overflows float32, and with it the norm of the gradient.) This and the next do not
+            go with an estimator that is a loss of TRL itself, which has no such limit.
         max_token_log_ratio: The same of one token's log-ratio before it enters a product.
         leave_one_out: Advantages against the mean of the group's other responses, which is unbiased: G / (G - 1) times
             those against the mean of all. Needs `scale_rewards="none"`.
