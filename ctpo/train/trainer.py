@@ -132,13 +132,14 @@ class CTPOTrainer(ResumableTrainer):
         # TRL knows fewer; what it makes of this one is replaced.
         self.vllm_importance_sampling_mode = "token_mask"
         # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
-        self._signal = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        self._signal = torch.zeros(2, dtype=wide, device=self.accelerator.device)
         self._by_position = PositionMetrics(self.accelerator.device)
         self._traces: TraceWriter | None = None
         if args.log_ratio_traces:
             directory = Path(args.output_dir, "traces")
             self._traces = TraceWriter(directory, args.log_ratio_traces, rank=self.accelerator.process_index)
-        for caution in args.cautions():
+        for caution in args.cautions() if self.accelerator.is_main_process else ():
             logger.warning(caution)
 
     # ------------------------------------------------------------------------------------------------------- the loss
@@ -232,7 +233,7 @@ class CTPOTrainer(ResumableTrainer):
         if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
             # The policy has moved since the rollout.
             moved = found.token_log_ratio
-            self._signal += torch.stack([(moved * moved).sum(), mask.sum()]).double()
+            self._signal += torch.stack([(moved * moved).sum(), mask.sum()]).to(self._signal.dtype)
 
     # ------------------------------------------------------------------------------------ old log-probabilities, noise
 
@@ -346,11 +347,11 @@ class CTPOTrainer(ResumableTrainer):
         mask = _policy_mask(batch)
         # Sequences with tokens first; every process makes as many passes.
         order = mask.any(1).sort(descending=True, stable=True).indices
-        sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
+        sums = self._signal.new_zeros(4)
         for row in order[:rows].tolist():
             alone = _without_padding(batch, row)
             difference = self._scored(alone)[0] - together[row, : alone["completion_ids"].shape[1]]
-            difference = difference.where(_policy_mask(alone)[0], 0.0).double()
+            difference = difference.where(_policy_mask(alone)[0], 0.0).to(sums.dtype)
             length = _policy_mask(alone).sum()
             squares, squared_sum = (difference**2).sum(), difference.sum() ** 2
             sums += torch.stack([squares, length, squared_sum / length.clamp(min=1), length.clamp(max=1)])
@@ -367,7 +368,7 @@ class CTPOTrainer(ResumableTrainer):
             return
         share = noise * compared / moved
         metrics["noise_floor/share"].append(share)
-        if share > 0.5 and not self._warned_of_noise:
+        if share > 0.5 and self.accelerator.is_main_process and not self._warned_of_noise:
             self._warned_of_noise = True
             logger.warning(
                 "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats "
