@@ -235,6 +235,7 @@ def test_derived_values_may_be_given_again(estimator: str) -> None:
         (OFF_POLICY | {"top_p": 0.9}, ["top_p=0.9: samples come from a policy that is cut"]),
         (OFF_POLICY | {"top_k": 20, "min_p": 0.1}, ["top_k=20, min_p=0.1: samples"]),
         (OFF_POLICY | {"repetition_penalty": 1.1}, ["repetition_penalty=1.1: samples"]),
+        (OFF_POLICY | {"disable_dropout": False}, ["disable_dropout=False"]),
         (OFF_POLICY | {"estimator": "m2po"}, ["m2po drops tokens"]),
         ({"top_p": 0.9, "estimator": "m2po"}, ["Every importance ratio is 1", "top_p=0.9", "m2po drops tokens"]),
     ],

@@ -408,6 +408,11 @@ class CTPOConfig(GRPOConfig):
                 f"{', '.join(cut)}: samples come from a policy that is cut or reweighted, while both log-probabilities "
                 "of a ratio are those of the whole one. Ratios of what was sampled then do not average to 1."
             )
+        if not self.disable_dropout:
+            found.append(
+                "disable_dropout=False: where the model (or LoRA) has dropout, two passes of the same weights differ, and "
+                "that goes into every ratio as if the policy had changed."
+            )
         if self.estimator == "m2po":
             found.append("m2po drops tokens until a mean over the batch is small enough; here it judges micro-batches.")
         return found
