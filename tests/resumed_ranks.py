@@ -30,7 +30,7 @@ def work(rank: int, folder: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # what this process was forked from had one process
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in ranks.items()}
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
     found: dict[str, Any] = {"whole": outcome(train(tiny_trainer(folder / "whole", **OPTIONS), seed=rank))}
