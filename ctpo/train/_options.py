@@ -442,12 +442,9 @@ def _set_environment(found: Any, where: str) -> None:
 
 @functools.cache
 def _parser() -> Any:
-    from transformers.utils import logging as transformers_logging
     from trl import ModelConfig, TrlParser
 
     from ctpo.train.config import CTPOConfig
-
-    transformers_logging.set_verbosity_error()
 
     class Parser(TrlParser):
         """TRL's parser, with one line for what is wrong, and only what was given as its result."""

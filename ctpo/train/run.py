@@ -4,7 +4,7 @@ Everything of a run is kept in its `output_dir`:
 
 =======================  ===============================================================================================
 run.json                 settings, versions, fingerprints of model and data: what the run was begun with
-initial_model/           the model that "toy" stands for
+initial_model/           the model that "toy" stands for, or what a .gguf file holds
 evaluation/before/       what the model could do, see `ctpo.train.evaluation`; likewise evaluation/after
 checkpoint-N/            to go on from
 traces/, runs/           log-probabilities and logs, where they were asked for
@@ -18,12 +18,15 @@ The same words lead on from wherever the run was stopped; other settings in the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,6 +43,10 @@ _log = logging.getLogger(__name__)
 RUN, SUMMARY, MODEL, CARD = "run.json", "summary.json", "model", "README.md"
 _FORMAT = "ctpo run 1"
 _INTERRUPTED = 130
+# Set for processes that this command has launched.
+_OURS = "CTPO_LAUNCHED"
+# What configurations of mixtures of experts have.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Variables by which launchers tell processes of one another.
 _LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 _DISTRIBUTED = (*_LAUNCHED, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
@@ -55,6 +62,10 @@ class _Stopped(Exception):
     def __init__(self, status: int) -> None:
         super().__init__()
         self.status = status
+
+
+class _Finished(Exception):
+    """There is nothing to do; the text is what is printed."""
 
 
 def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
@@ -91,8 +102,11 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
             return "", status
         try:
             return _run(options, width), 0
+        except _Finished as finished:
+            return str(finished), 0
         except _Stopped as stopped:
-            return "", stopped.status
+            # The process that launched this one knows of the signal; to a launcher another status is a failure.
+            return "", 0 if _OURS in os.environ else stopped.status
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -141,16 +155,50 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
         command += [f"--machine_rank={run.machine_rank}"]
         command += [] if run.main_process_ip is None else [f"--main_process_ip={run.main_process_ip}"]
         command += [] if run.main_process_port is None else [f"--main_process_port={run.main_process_port}"]
-    process = subprocess.Popen([*command, "--module", "ctpo", "train", *words])
-    while True:
-        try:
-            status = process.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the terminal has sent it to all of them, too: they save, and end
-    if status not in (0, _INTERRUPTED):
+    return _watched([*command, "--module", "ctpo", "train", *words])
+
+
+def _watched(command: Sequence[str]) -> int:
+    """Run a launcher; Ctrl-C and SIGTERM reach the processes that train, each once, which then save and end.
+
+    Launchers would pass on a signal that the terminal has sent to all already, and kill what takes half a minute.
+    """
+    caught: list[int] = []
+    process = subprocess.Popen(command, env={**os.environ, _OURS: "1"}, start_new_session=True)
+
+    def forward(number: int, _: Any) -> None:
+        caught.append(number)
+        for worker in _training_processes(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
+
+    former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if caught:
+        return 128 + caught[0]
+    if status:
         print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
     return status if 0 <= status < 256 else 1
+
+
+def _training_processes(launcher: int) -> list[int]:
+    """The nearest descendants of a launcher that run this command, not what they have started."""
+    import psutil  # type: ignore[import-untyped]
+
+    found, waiting = [], [psutil.Process(launcher)]
+    while waiting:
+        for child in waiting.pop().children():
+            with contextlib.suppress(psutil.Error):
+                words = child.cmdline()
+                if "-m" in words and words[words.index("-m") + 1 :][:2] == ["ctpo", "train"]:
+                    found.append(child.pid)
+                else:
+                    waiting.append(child)
+    return found
 
 
 def _check(plan: Plan) -> None:
@@ -174,6 +222,7 @@ def _calm() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # it tells of every attempt to reach the Hub
@@ -196,6 +245,7 @@ def _calm() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"(torch|accelerate|peft|trl|transformers)\.")
             yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         ours.removeHandler(handler)
         ours.propagate = kept
 
@@ -223,22 +273,22 @@ def _run(options: Options, width: int) -> str:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         logging.getLogger("ctpo").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
-        files = None
-        if first:
-            check_writable(output)
-            files = stack.enter_context(RunDirectory(output))
         data = _data(plan)
         record = _record(plan, data)
-        if first and (output / RUN).exists():
-            begun = read_json(output / RUN)
-            _refuse_others(output, begun, record)
-            if (output / SUMMARY).exists() and _same_length(begun, record):
-                _note(f"{output} is finished; another output_dir begins anew")
-                return summary_text(read_json(output / SUMMARY), width=width)
-        elif first:
-            _refuse_foreign(output)
-        if files is not None:
-            files.write_json(RUN, record)
+        files = None
+        with _first_decides():
+            if first:
+                check_writable(output)
+                files = stack.enter_context(RunDirectory(output))
+                if (output / RUN).exists():
+                    begun = read_json(output / RUN)
+                    _refuse_others(output, begun, record)
+                    if (output / SUMMARY).exists() and _same_length(begun, record):
+                        _note(f"{output} is finished; another output_dir begins anew")
+                        raise _Finished(summary_text(read_json(output / SUMMARY), width=width))
+                else:
+                    _refuse_foreign(output)
+                files.write_json(RUN, record)
         model = _initial_model(plan, output)
         _evaluate(plan, model, "before")
         history, steps = _train(plan, model, data)
@@ -259,6 +309,33 @@ def _rank() -> int:
 def _note(text: str) -> None:
     if _rank() == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _first_decides() -> Iterator[None]:
+    """What ends the first process in here ends all of them; it alone says why."""
+    import torch.distributed as distributed
+
+    together = distributed.is_available() and distributed.is_initialized()
+    try:
+        yield
+    except Exception as error:
+        if together:
+            distributed.broadcast_object_list([0 if isinstance(error, _Finished) else 2], device=_place())
+        raise
+    if together:
+        verdict: list[int | None] = [None]
+        distributed.broadcast_object_list(verdict, device=_place())
+        if verdict[0] is not None:
+            raise _Stopped(verdict[0])
+
+
+def _place() -> Any:
+    """The device that messages between processes go through."""
+    import torch
+
+    cuda = torch.cuda.is_available() and torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _wait() -> None:
@@ -363,19 +440,44 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _initial_model(plan: Plan, output: Path) -> str:
-    """The model's name, or the directory of the toy, made here if it is not there."""
+    """The model's name, or the directory of one that is made here: the toy, or what a .gguf file holds."""
     name = str(plan.model.model_name_or_path)
-    if name.partition("?")[0] != "toy":
+    toy = name.partition("?")[0] == "toy"
+    if not toy and not Path(name).expanduser().is_file():
         return name
-    from ctpo.train.toy import make_toy, toy_options
-
     path = output / "initial_model"
     if _rank() == 0 and not path.exists():
-        given = toy_options(name)
-        _note(f"making the toy model in {path}")
-        make_toy(path, **given, progress=_warm_up_progress())
+        if toy:
+            from ctpo.train.toy import make_toy, toy_options
+
+            given = toy_options(name)
+            _note(f"making the toy model in {path}")
+            make_toy(path, **given, progress=_warm_up_progress())
+        else:
+            _note(f"writing the weights of {name}, no longer quantized, to {path}")
+            _dequantize(name, path)
     _wait()
     return str(path)
+
+
+def _dequantize(name: str, path: Path) -> None:
+    """Write what a .gguf file holds as a directory that can be trained."""
+    from transformers import AutoModelForCausalLM
+
+    from ctpo.train.generation import load_model
+
+    loaded, tokenizer = load_model(name, dtype="float32", device="cpu")
+    # The weights are plain numbers by now, but the model still calls itself quantized and refuses to be saved.
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, path)
 
 
 def _warm_up_progress() -> Callable[[int, int, float], None]:
@@ -605,7 +707,7 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
     from ctpo.train._plan import set_eos
     from ctpo.train._progress import Progress
     from ctpo.train.data import to_dataset
-    from ctpo.train.generation import load_model, load_tokenizer
+    from ctpo.train.generation import load_tokenizer
     from ctpo.train.trainer import CTPOTrainer
 
     args, path = plan.trainer, Path(model).expanduser()
@@ -613,18 +715,13 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
         raise ValueError(
             f"model {model!r} is a LoRA adapter; merge it into its base model (merge_and_unload), or give that"
         )
-    loaded: Any = model
-    if path.is_file():
-        loaded, tokenizer = load_model(path, dtype=plan.model.dtype or "auto", device="cpu")
-        loaded.train()
-    else:
-        tokenizer = load_tokenizer(model)
-        args.model_init_kwargs = {
-            "revision": plan.model.model_revision,
-            "dtype": plan.model.dtype,
-            "attn_implementation": plan.model.attn_implementation,
-            **(args.model_init_kwargs or {}),
-        }
+    tokenizer = load_tokenizer(model)
+    args.model_init_kwargs = {
+        "revision": plan.model.model_revision,
+        "dtype": plan.model.dtype,
+        "attn_implementation": plan.model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
     if tokenizer.chat_template is None:
         raise ValueError(f"model {model!r}: its tokenizer has no chat template, which this training needs")
     set_eos(tokenizer, plan.run.eos_token)
@@ -638,17 +735,21 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
     args.disable_tqdm = True
     try:
         trainer = CTPOTrainer(
-            loaded,
+            model,
             reward_funcs=[reward],
             args=args,
             train_dataset=to_dataset(kept),
             processing_class=tokenizer,
-            quantization_config=None if loaded is not model else get_quantization_config(plan.model),
+            quantization_config=get_quantization_config(plan.model),
             peft_config=get_peft_config(plan.model),
             sandbox=sandbox,
         )
     except Exception as error:
         raise _clear(error, plan, Path(args.output_dir), f"model {model!r} cannot be trained") from error
+    config = trainer.model.config.get_text_config()
+    if args.ddp_find_unused_parameters is None and not any(hasattr(config, name) for name in _EXPERTS):
+        # Every parameter has a gradient; looking for others costs time, and torch says so.
+        args.ddp_find_unused_parameters = False
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     # The first: before anyone prints, it ends its line.
