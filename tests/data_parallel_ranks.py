@@ -47,7 +47,6 @@ class Case(NamedTuple):
     options: Mapping[str, Any]
     dtype: torch.dtype = torch.float64
     mistake: str = ""  # what to do wrong on the ranks
-    stops: int = 0  # stop after so many steps, and go on with another trainer
 
 
 class Found(NamedTuple):
@@ -71,7 +70,6 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
         "lr_scheduler_type": "constant",
         "scale_rewards": "group",
         "per_device_train_batch_size": rows,
-        "save_strategy": "no",
     }
     return CTPOConfig(
         output_dir=str(directory),
@@ -80,6 +78,7 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
         bf16=False,
         activation_checkpointing=False,
         disable_tqdm=True,
+        save_strategy="no",
         logging_steps=1,
         num_generations=GROUP,
         max_completion_length=LONGEST,
@@ -218,11 +217,8 @@ def train(case: Case, directory: Path, size: int, orders: Sequence[Order] | None
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         if case.dtype == torch.float64:
             stack.enter_context(patch.object(trl_module, "add_fused_lm_head", exact_head))
-        if case.stops:
-            options = {"max_steps": case.stops, "save_strategy": "steps", "save_steps": case.stops}
-            trainer_of(case._replace(options=dict(case.options) | options), directory, size).train()
         trainer = trainer_of(case, directory, size)
-        trainer.train(resume_from_checkpoint=True if case.stops else None)
+        trainer.train()
     parameters = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
     return Found(parameters, trainer.state.log_history, taken)
 

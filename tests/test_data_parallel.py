@@ -165,13 +165,3 @@ def test_more_micro_batches_stand_in_for_a_process(tmp_path: Path) -> None:
         more = case._replace(options=dict(case.options) | twice)
         one = train(more, tmp_path / f"{name}, one", 1, [rank[name].orders for rank in ranks])
         assert difference(ranks[0][name], one) <= EXACT, name
-
-
-def test_two_processes_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    """Cut within a rollout batch, which each rank has shuffled for itself: bit for bit as without a stop."""
-    options = {"optim": "adamw_torch", "learning_rate": 0.01}
-    ranks = run({"whole": Case(options), "cut": Case(options, stops=3)}, tmp_path)
-    for rank in ranks:
-        assert difference(rank["whole"], rank["cut"]) == 0.0
-        assert not unlike(rank["whole"], rank["cut"], 0.0)
-        assert len(rank["cut"].orders) == 2  # no rollout batch is made twice
