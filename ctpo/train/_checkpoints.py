@@ -67,8 +67,8 @@ _TIED = (
     "adam_epsilon",
 )
 # What has no bearing on what is learned.
-_FREE = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "project", "local_rank", "skip_memory_metrics", "ctpo")
-_FREE_PREFIXES = (
+FREE = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "project", "local_rank", "skip_memory_metrics", "ctpo")
+FREE_PREFIXES = (
     "dataloader_",
     "ddp_",
     "do_",
@@ -198,7 +198,7 @@ class ResumableTrainer(GRPOTrainer):
             raise ValueError(
                 f"cannot resume from {path}: {'; '.join(refused)}. Set it back, or begin a run in another output_dir"
             )
-        shown = [text for name, text in changed.items() if name not in _FREE and not name.startswith(_FREE_PREFIXES)]
+        shown = [text for name, text in changed.items() if name not in FREE and not name.startswith(FREE_PREFIXES)]
         if shown and self.args.should_save:
             logger.warning("Not exactly the run that %s belongs to: %s", path, "; ".join(shown))
 

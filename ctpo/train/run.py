@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 RUN, SUMMARY, MODEL, CARD = "run.json", "summary.json", "model", "README.md"
 _FORMAT = "ctpo run 1"
 _INTERRUPTED = 130
-# Set for processes that this command has launched.
+# Set for processes that this command has launched: the file for the status with which they have ended on purpose.
 _OURS = "CTPO_LAUNCHED"
 # What configurations of mixtures of experts have.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -105,8 +105,12 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
         except _Finished as finished:
             return str(finished), 0
         except _Stopped as stopped:
-            # The process that launched this one knows of the signal; to a launcher another status is a failure.
-            return "", 0 if _OURS in os.environ else stopped.status
+            if _OURS not in os.environ:
+                return "", stopped.status
+            # To a launcher any status but 0 is a failure, which it describes at length.
+            if _rank() == 0:
+                Path(os.environ[_OURS]).write_text(str(stopped.status), encoding="utf-8")
+            return "", 0
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -163,23 +167,22 @@ def _watched(command: Sequence[str]) -> int:
 
     Launchers would pass on a signal that the terminal has sent to all already, and kill what takes half a minute.
     """
-    caught: list[int] = []
-    process = subprocess.Popen(command, env={**os.environ, _OURS: "1"}, start_new_session=True)
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as told:
+        process = subprocess.Popen(command, env={**os.environ, _OURS: told.name}, start_new_session=True)
 
-    def forward(number: int, _: Any) -> None:
-        caught.append(number)
-        for worker in _training_processes(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, number)
+        def forward(number: int, _: Any) -> None:
+            for worker in _training_processes(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, number)
 
-    former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if caught:
-        return 128 + caught[0]
+        former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        if text := told.read():
+            return int(text)
     if status:
         print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
     return status if 0 <= status < 256 else 1
@@ -272,6 +275,14 @@ def _run(options: Options, width: int) -> str:
         # One voice. What goes wrong in this process alone still ends it, with a traceback.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         logging.getLogger("ctpo").setLevel(logging.ERROR)
+    asked, there = plan.run.num_processes, plan.trainer.world_size
+    if asked not in (None, there):
+        _log.warning(
+            "num_processes is %d, but %d were launched: a rollout batch has %d answers",
+            asked,
+            there,
+            plan.trainer.generation_batch_size,
+        )
     with contextlib.ExitStack() as stack:
         data = _data(plan)
         record = _record(plan, data)
@@ -322,6 +333,9 @@ def _first_decides() -> Iterator[None]:
     except Exception as error:
         if together:
             distributed.broadcast_object_list([0 if isinstance(error, _Finished) else 2], device=_place())
+            if isinstance(error, ValueError | OSError):
+                print(f"ctpo train: {error}", file=sys.stderr, flush=True)
+                raise _Stopped(2) from error
         raise
     if together:
         verdict: list[int | None] = [None]
@@ -378,12 +392,12 @@ def _record(plan: Plan, data: Sequence[Any]) -> dict[str, Any]:
 
 def _refuse_others(output: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that would be another one from here on."""
-    from ctpo.train._checkpoints import _FREE, _FREE_PREFIXES
+    from ctpo.train._checkpoints import FREE, FREE_PREFIXES
     from ctpo.train._run_settings import changes_between
 
     if begun.get("format") != _FORMAT:
         raise ValueError(f"{output / RUN} was not written by this version of ctpo; choose another output_dir")
-    free = set(_FREE) | set(_FREE_HERE)
+    free = set(FREE) | set(_FREE_HERE)
     if now["settings"]["lr_scheduler_type"] in _FREE_SCHEDULES:
         # A run without an end in its schedule may go on beyond it.
         free |= set(_LENGTH)
@@ -394,7 +408,7 @@ def _refuse_others(output: Path, begun: Mapping[str, Any], now: Mapping[str, Any
         return {
             "sources" if name == "data" else name: value
             for name, value in record["settings"].items()
-            if name not in free and (name in own or not name.startswith(_FREE_PREFIXES))
+            if name not in free and (name in own or not name.startswith(FREE_PREFIXES))
         }
 
     kept = binding(begun), binding(now)
@@ -701,7 +715,8 @@ def _train(plan: Plan, model: str, problems: list[Any]) -> tuple[list[dict[str, 
 
 
 def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., list[float]], sandbox: Any) -> Any:
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import AutoConfig, PrinterCallback, ProgressCallback
+    from transformers.utils import logging as transformers_logging
     from trl import get_peft_config, get_quantization_config
 
     from ctpo.train._plan import set_eos
@@ -734,6 +749,10 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
         )
     args.disable_tqdm = True
     try:
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            # Every parameter has a gradient but those of experts; looking for others costs time, and torch says so.
+            config = AutoConfig.from_pretrained(model, revision=plan.model.model_revision).get_text_config()
+            args.ddp_find_unused_parameters = any(hasattr(config, name) for name in _EXPERTS)
         trainer = CTPOTrainer(
             model,
             reward_funcs=[reward],
@@ -746,10 +765,8 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
         )
     except Exception as error:
         raise _clear(error, plan, Path(args.output_dir), f"model {model!r} cannot be trained") from error
-    config = trainer.model.config.get_text_config()
-    if args.ddp_find_unused_parameters is None and not any(hasattr(config, name) for name in _EXPERTS):
-        # Every parameter has a gradient; looking for others costs time, and torch says so.
-        args.ddp_find_unused_parameters = False
+    if args.log_level == "passive":
+        transformers_logging.set_verbosity_error()  # transformers' trainer has raised it
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     # The first: before anyone prints, it ends its line.
