@@ -41,6 +41,7 @@ bench: .venv/test.installed
 	$(RUN) -m benchmarks.losses
 	$(RUN) -m benchmarks.sandbox
 	$(RUN) -m benchmarks.intervals
+	$(RUN) -m benchmarks.trainer
 
 ## The losses beside those of verl, in its environment.
 bench-verl: .venv-verl/installed

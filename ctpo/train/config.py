@@ -410,8 +410,8 @@ class CTPOConfig(GRPOConfig):
             )
         if not self.disable_dropout:
             found.append(
-                "disable_dropout=False: where the model (or LoRA) has dropout, two passes of the same weights differ, and "
-                "that goes into every ratio as if the policy had changed."
+                "disable_dropout=False: where the model (or LoRA) has dropout, two passes of the same weights differ, "
+                "and that goes into every ratio as if the policy had changed."
             )
         if self.estimator == "m2po":
             found.append("m2po drops tokens until a mean over the batch is small enough; here it judges micro-batches.")
