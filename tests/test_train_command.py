@@ -113,7 +113,7 @@ def test_no_words_at_all(capsys):
     ("words", "text"),
     [
         ("--learning-rat 1", "unknown option --learning-rat: did you mean --learning_rate?"),
-        ("--learnin 1", "unknown option --learnin: did you mean --learning_rate?"),
+        ("--learning 1", "unknown option --learning: did you mean --learning_rate?"),
         ("--lr 1", "did you mean --learning_rate?"),
         ("--max_prompt_length 9", "did you mean --max_prompt_tokens?"),
         ("--epsilon_lo 0.2", "unknown option --epsilon_lo: did you mean --epsilon?"),
@@ -520,6 +520,24 @@ def test_launching_hands_all_words_on(recipe, monkeypatch, launcher):
 def test_several_gpus_want_a_word(recipe, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert "8 GPUs are here" in error_of(capsys, "--config", recipe, "--use_cpu", "false")
+
+
+def test_what_ends_the_first_of_several_processes_is_said_once(tmp_path, capsys):
+    import torch.distributed as distributed
+
+    with pytest.raises(ValueError, match="alone"), run_module._first_decides():
+        raise ValueError("alone")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with run_module._first_decides():
+            pass
+        with pytest.raises(run_module._Finished), run_module._first_decides():
+            raise run_module._Finished("the summary")
+        with pytest.raises(run_module._Stopped), run_module._first_decides():
+            raise ValueError("among others")
+    finally:
+        distributed.destroy_process_group()
+    assert capsys.readouterr().err == "ctpo train: among others\n"
 
 
 def test_what_is_scored_is_what_follows_the_last_output_of_the_tool():
