@@ -548,6 +548,23 @@ def test_what_is_scored_is_what_follows_the_last_output_of_the_tool():
     assert seen == [(["c"], {"ground_truth": ["4"]}), (["a"], {"ground_truth": ["4"]})]
 
 
+def test_what_a_gguf_file_holds_is_written_as_a_model_that_can_be_trained(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from ctpo.train import generation
+
+    loaded, tokenizer = tiny_chat_model()
+    loaded.config.quantization_config = {"quant_method": "gguf"}
+    loaded.is_quantized = True
+    monkeypatch.setattr(generation, "load_model", lambda *_, **__: (loaded, tokenizer))
+    run_module._dequantize("small.gguf", tmp_path / "initial_model")
+    assert [path.name for path in tmp_path.iterdir()] == ["initial_model"]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "initial_model")
+    assert not getattr(written, "is_quantized", False)
+    for mine, theirs in zip(written.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=0.0)
+
+
 def test_errors_become_one_line(recipe, tmp_path):
     plan = parse(["--config", str(recipe)]).plan(world_size=1)
     clear = run_module._clear
