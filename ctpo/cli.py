@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, or 1 if what was asked about has failed (`ctpo sandbox`, `ctpo score`), or 2 if an argument or
-        a file is not what it has to be or a package is missing.
+        a file is not what it has to be or a package is missing, or 130 after Ctrl-C.
 
     Example:
         >>> main(["estimators", "sequence"])  # doctest: +ELLIPSIS
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        print(options.run(options))
+        text = options.run(options)
+        if text:  # processes that were launched have printed theirs
+            print(text)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes again on its way out.

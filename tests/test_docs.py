@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 REPORT = DOCS / "report" / "report.md"
 # Pages whose examples say for themselves, by assertions or by what they print, whether they are right.
-AROUND = ("sandbox", "tools", "rewards", "data", "evaluation")
+AROUND = ("trainer", "sandbox", "tools", "rewards", "data", "evaluation")
 TRAINING = (DOCS / "training.md").read_text(encoding="utf-8")
 EXAMPLES = {
     f"{page.stem}-{name}": code

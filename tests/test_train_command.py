@@ -222,14 +222,14 @@ def test_plan_of_the_toy_shows_prompt_sizes_and_off_policyness(capsys):
     printed = capsys.readouterr().out
     for text in (
         "+ learning_rate                 0.0003",
-        "* max_steps                     120",
+        "* max_steps                     80",
         "arithmetic?difficulty=2&split=train&size=4096&seed=0, 4096",
         "The first prompt, 18 tokens",
         "| <|im_start|>assistant",
         "0.36 million, trained: all",
         "128 answers, 8 to each of 16 prompts",
         "4 updates with each rollout batch; the last one is 3 updates old",
-        "120 updates with 30 rollout batches",
+        "80 updates with 20 rollout batches",
     ):
         assert " ".join(text.split()) in " ".join(printed.split())
     # exp(0.05 sqrt(t)) and exp(-0.025 sqrt(t)) at 1, 100, 1000 and 8000.

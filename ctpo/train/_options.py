@@ -631,7 +631,7 @@ how:
 
 where:
   --accelerate_config fsdp2 --num_processes 8
-                                also by accelerate launch -m ctpo.cli train ...
+                                also by accelerate launch -m ctpo train ...
   --report_to tensorboard       or wandb, trackio
 
 All options: ctpo train --help-all. The guide: docs/trainer.md.\

@@ -459,12 +459,17 @@ def _initial_model(plan: Plan, output: Path) -> str:
     toy = name.partition("?")[0] == "toy"
     if not toy and not Path(name).expanduser().is_file():
         return name
+    if toy and plan.trainer.use_cpu:
+        import torch
+
+        # More are no faster for so small a model, and much slower where something else has the other cores.
+        torch.set_num_threads(1)
     path = output / "initial_model"
     if _rank() == 0 and not path.exists():
         if toy:
             from ctpo.train.toy import make_toy, toy_options
 
-            given = toy_options(name)
+            given = toy_options(name, seed=plan.trainer.seed)
             _note(f"making the toy model in {path}")
             make_toy(path, **given, progress=_warm_up_progress())
         else:

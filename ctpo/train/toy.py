@@ -56,11 +56,12 @@ MOST_TOKENS = 1024
 Progress = Callable[[int, int, float], None]
 
 
-def toy_options(name: str) -> dict[str, int]:
+def toy_options(name: str, *, seed: int = 0) -> dict[str, int]:
     """The options of `make_toy` that are in a model's name, ``toy`` or ``toy?warmup_steps=700&seed=0``.
 
     Args:
         name: Of the model.
+        seed: What "seed" is where the name does not say.
 
     Returns:
         The options by name; those that are not given have their defaults.
@@ -78,7 +79,7 @@ def toy_options(name: str) -> dict[str, int]:
     given = query(options, ("warmup_steps", "seed"), name)
     return {
         "warmup_steps": whole(given, "warmup_steps", WARMUP_STEPS, 0, None, name),
-        "seed": whole(given, "seed", 0, 0, None, name),
+        "seed": whole(given, "seed", seed, 0, None, name),
     }
 
 
