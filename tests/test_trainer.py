@@ -561,6 +561,46 @@ def test_ratios_of_a_policy_that_stands_still_are_exactly_1(precision: str) -> N
     assert all(torch.equal(old, logp) for _, old, logp in trainer.seen)
 
 
+def test_old_log_probabilities_are_of_the_model_that_is_updated() -> None:
+    """That is another object where it is compiled or wrapped for several processes."""
+    trainer = made(**REUSED | {"max_steps": 2})
+    scored: list[tuple[bool, bool]] = []
+    scoring = GRPOTrainer._get_per_token_logps_and_entropies
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return self.module(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+
+    def spied(self: Any, model: Any, *args: Any, **options: Any) -> Any:
+        scored.append((torch.is_grad_enabled(), isinstance(model, Wrapped)))
+        return scoring(self, model, *args, **options)
+
+    wrap = trainer._wrap_model
+    trainer._wrap_model = lambda model, *args, **options: Wrapped(wrap(model))
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", spied):
+        trainer.train()
+    # Four micro-batches' old ones, the noise floor by the model itself, four updates.
+    assert scored == 4 * [(False, True)] + [(False, False)] + 4 * [(True, True)]
+
+
+@pytest.mark.parametrize(("accumulation", "trained_on"), [(8, False), (4, True), (2, True)])
+def test_passes_within_one_update_are_all_fresh(accumulation: int, trained_on: bool) -> None:
+    """Two passes over a rollout batch come after training on it only if an update lies between them."""
+    schedule = {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": accumulation}
+    trainer = made(**schedule, max_steps=8 // accumulation)
+    trainer.train()
+    logged = [name for entry in trainer.state.log_history for name in entry]
+    assert any(name.startswith("position/fresh/") for name in logged)
+    assert any(name.startswith("position/trained_on/") for name in logged) == trained_on
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise floor.
 
@@ -578,10 +618,10 @@ def alone(trainer: CTPOTrainer, batch: Tensors, row: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-def test_noise_floor(precision: str, rows: int) -> None:
-    """Every logged number by a direct computation, at the second rollout of a policy that has moved."""
-    learning = {"float32": 1e-2, "autocast": 1e-2, "bfloat16": 0.1}[precision]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_noise_of_batch_shape(precision: str, rows: int) -> None:
+    """Where there is nothing more precise: by a direct computation, at the second rollout of a policy that moved."""
+    learning = {"float32": 1e-2, "bfloat16": 0.1}[precision]
     options = REUSED | PRECISIONS[precision] | {"learning_rate": learning, "max_steps": 5}
     trainer = made(watched(CTPOTrainer), noise_floor_sequences=rows, **options)
     measured: list[torch.Tensor] = []
@@ -604,6 +644,8 @@ def test_noise_floor(precision: str, rows: int) -> None:
     sqrt_t = torch.tensor([(d.sum() ** 2 / len(d)).item() for d in measured]).mean().sqrt().item()
     assert second["noise_floor/token"] == pytest.approx(token, rel=1e-6)
     assert second["noise_floor/sqrt_t"] == pytest.approx(sqrt_t, rel=1e-6)
+    assert second["noise_floor/batch_shape"] == second["noise_floor/token"]
+    assert second["noise_floor/lower_bound"] == 1
     assert "noise_floor/share" not in first
     for entry, steps in ((second, (2, 3)), (third, (6, 7))):
         moved = torch.cat([(logp - old).double() for step, old, logp in trainer.seen if step in steps])
@@ -616,14 +658,73 @@ def test_noise_floor(precision: str, rows: int) -> None:
         assert 1e-4 < token < 0.1
 
 
+@pytest.mark.parametrize(("learning_rate", "low", "high"), [(1e-6, 0.9, 1.0), (1e-4, 0.001, 0.9)])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_noise_of_autocast(rows: int, learning_rate: float, low: float, high: float) -> None:
+    """Log-ratios of a rollout batch's updates in bfloat16, less those of two float32 copies of the same weights.
+
+    Sequences are of both micro-batches, and with nothing to pad: the shape of the batch has no part in this.
+    """
+    options = REUSED | PRECISIONS["autocast"] | {"learning_rate": learning_rate, "lr_scheduler_type": "constant"}
+    options |= {"max_steps": 3, "max_completion_length": 6}
+    trainer = made(watched(CTPOTrainer), noise_floor_sequences=rows, **options)
+    scores: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    held: list[Tensors] = []
+    generate, begin = trainer._generate_and_score_completions, trainer._noise.begin
+
+    def scored() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        precise, _ = tiny_chat_model()
+        precise.load_state_dict(trainer.model.state_dict())
+        found = []
+        for batch, row in places:
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+            ids = torch.cat([prompt, completion])[None]
+            with torch.no_grad():
+                logp = precise(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            found.append((alone(trainer, batch, row), logp.gather(-1, completion[:, None])[:, 0]))
+        return found
+
+    def spied_begin(batches: list[Tensors]) -> None:
+        held[:] = batches
+        if not scores:
+            places.extend((batch, row) for batch in batches for row in range(len(batch["completion_ids"])))
+            del places[rows:]
+            scores.append(scored())
+        begin(batches)
+
+    def spied_generate(inputs: Any) -> Any:
+        if len(scores) == 1:
+            scores.append(scored())
+        return generate(inputs)
+
+    places: list[tuple[Tensors, int]] = []
+    trainer._noise.begin, trainer._generate_and_score_completions = spied_begin, spied_generate
+    trainer.train()
+    first, _, third = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert "noise_floor/token" not in first
+    before, after = scores
+    noise, change = [], []
+    for (coarse, exact), (later, exact_later) in zip(before, after, strict=True):
+        change.append((later - coarse).double())
+        noise.append(change[-1] - (exact_later - exact).double())
+    squares = torch.cat(noise).square().mean().item()
+    assert third["noise_floor/token"] == pytest.approx(squares**0.5, rel=1e-2)
+    sqrt_t = torch.tensor([(x.sum() ** 2 / len(x)).item() for x in noise]).mean().sqrt().item()
+    assert third["noise_floor/sqrt_t"] == pytest.approx(sqrt_t, rel=1e-2)
+    share = squares / torch.cat(change).square().mean().item()
+    assert third["noise_floor/share"] == pytest.approx(min(share, 1.0), rel=1e-2)
+    assert third["noise_floor/lower_bound"] == 0
+    assert low < third["noise_floor/share"] <= high
+
+
 def test_noise_floor_of_policy_tokens() -> None:
     """Output of a tool is no token of the policy, and a sequence without any is passed over."""
     trainer = made(dtype=torch.bfloat16, noise_floor_sequences=3)
     batch, mask = scored_batch()
     mask[1] = False
     batch["tool_mask"][1] = 0
-    trainer._buffered_inputs = [batch]
-    trainer._measure_noise()
+    trainer._noise.begin([batch])
     with torch.no_grad():
         ids, attended = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         together, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, attended, 9)
@@ -762,6 +863,8 @@ def test_advantages(options: dict[str, Any]) -> None:
         assert sorted(r for *_, r, _ in of_prompt if not math.isnan(r)) == sorted(scored)
     assert sorted(sizes) == [1, 3, 4, 4]
     assert any(advantage for _, advantage, *_ in rows)
+    # What is logged beside the completions is what was used.
+    assert sorted(trainer._logs["advantages"]) == pytest.approx(sorted(advantage for _, advantage, *_ in rows))
 
 
 def test_rewards_of_several_functions() -> None:

@@ -185,7 +185,8 @@ class CTPOConfig(GRPOConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not 0 < self.python_timeout < math.inf:
+        timeout: Any = self.python_timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             raise ValueError(f"python_timeout must be a positive number of seconds, got {self.python_timeout!r}")
 
     @cached_property
@@ -331,7 +332,22 @@ class CTPOConfig(GRPOConfig):
         return "coefficients" if dual is not None and dual < high else "bounds"
 
     def _check_combinations(self) -> None:
-        """Raise for inherited options that the estimator would make meaningless."""
+        """Raise for inherited options that would make ratios or the estimator meaningless."""
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha must be None, got {self.neftune_noise_alpha}: two passes of the same weights "
+                "would differ by its noise, and every ratio with them"
+            )
+        if self.fp16 and self.use_cpu:
+            raise ValueError("fp16 must be False with use_cpu=True, where Accelerate ignores it; bf16 works there")
+        kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, Mapping) else {}
+        others = ("temperature", "do_sample", "num_beams", "num_return_sequences")
+        changed = [name for name in others if name in kwargs]
+        if changed:
+            raise ValueError(
+                f"generation_kwargs must not have {', '.join(changed)}, got {kwargs}: log-probabilities are those of "
+                "one sample at the option `temperature`"
+            )
         if self.leave_one_out:
             if self.scale_rewards != "none":
                 raise ValueError(f"leave_one_out needs scale_rewards='none', got {self.scale_rewards!r}")
@@ -390,19 +406,17 @@ class CTPOConfig(GRPOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}), so the estimator makes no "
                 "difference to the gradient. Raise steps_per_generation for off-policy updates."
             )
-        if self.num_iterations > 1:
+        elif self.num_iterations > 1:
             found.append(
                 f"num_iterations={self.num_iterations} trains on every sample more than once. From the second time on "
                 "its ratio is none of importance sampling: the policy was fitted to that very sample, the mean ratio "
                 "leaves 1 and the spread grows like t. Metrics keep such samples apart (trained_on)."
             )
-        truncated = {
-            "top_p": self.top_p < 1,
-            "top_k": self.top_k > 0,
-            "min_p": bool(self.min_p),
-            "repetition_penalty": self.repetition_penalty != 1,
-        }
-        cut = [f"{name}={getattr(self, name)}" for name, acts in truncated.items() if acts]
+        # What TRL gives the sampler last.
+        kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, Mapping) else {}
+        neutral = {"top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "repetition_penalty": (1, None)}
+        sampling = {name: kwargs.get(name, getattr(self, name)) for name in neutral}
+        cut = [f"{name}={value}" for name, value in sampling.items() if value not in neutral[name]]
         if cut:
             found.append(
                 f"{', '.join(cut)}: samples come from a policy that is cut or reweighted, while both log-probabilities "

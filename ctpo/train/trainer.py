@@ -16,7 +16,6 @@ which a share is measured at every rollout.
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from trl import GRPOTrainer
 from ctpo.estimators import Evaluation
 from ctpo.rollout import rollout_correction
 from ctpo.train._checkpoints import ResumableTrainer
+from ctpo.train._noise_floor import NoiseFloor, policy_mask
 from ctpo.train._trainer_rollouts import python_rollouts
 from ctpo.train._training_metrics import PositionMetrics
 from ctpo.train.config import CTPOConfig
@@ -109,7 +109,6 @@ class CTPOTrainer(ResumableTrainer):
         self._skip_next_scoring = False
         # Of the last rollout batch, all processes: rewards, and those of each function.
         self._scores = self._scores_by_function = torch.empty(0)
-        self._warned_of_noise = False
         self._tool_rollouts: Callable[[list[Any], Any], dict[str, Any]] | None = None
         self._estimator = args.built_estimator
         self._route = args.route
@@ -131,9 +130,7 @@ class CTPOTrainer(ResumableTrainer):
             self._tool_rollouts = python_rollouts(self, self.sandbox)
         # TRL knows fewer; what it makes of this one is replaced.
         self.vllm_importance_sampling_mode = "token_mask"
-        # Squares and number of token log-ratios of the updates since the last rollout in which the policy had moved.
-        wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        self._signal = torch.zeros(2, dtype=wide, device=self.accelerator.device)
+        self._noise = NoiseFloor(self, args.noise_floor_sequences)
         self._by_position = PositionMetrics(self.accelerator.device)
         self._traces: TraceWriter | None = None
         if args.log_ratio_traces:
@@ -183,7 +180,7 @@ class CTPOTrainer(ResumableTrainer):
         """Put the estimator into the inputs and settings from which TRL makes its loss."""
         old = inputs.get("old_per_token_logps")
         old = logp if old is None else old
-        advantages, mask = inputs["advantages"], _policy_mask(inputs)
+        advantages, mask = inputs["advantages"], policy_mask(inputs)
         found = self._estimator.evaluate(logp, old, advantages, mask, validate=False)
         if self.model.training:
             self._record(inputs, found, logp, old, mask)
@@ -215,6 +212,12 @@ class CTPOTrainer(ResumableTrainer):
         """Keep what metrics and traces need of a micro-batch."""
         generation = int(self.args.steps_per_generation)
         iteration = self._step // generation % self.num_iterations
+        # One update may take in several passes over a rollout batch: then none of them comes after training on it.
+        updates = [
+            step // self.args.gradient_accumulation_steps for step in (self._step - iteration * generation, self._step)
+        ]
+        if updates[0] == updates[1]:
+            iteration = 0
         self._by_position.add(found, mask, fresh=iteration == 0)
         if self._traces is not None:
             self._traces.add(
@@ -232,13 +235,14 @@ class CTPOTrainer(ResumableTrainer):
             )
         if self._step % (generation * self.num_iterations) >= self.args.gradient_accumulation_steps:
             # The policy has moved since the rollout.
-            moved = found.token_log_ratio
-            self._signal += torch.stack([(moved * moved).sum(), mask.sum()]).to(self._signal.dtype)
+            self._noise.add(found.token_log_ratio, mask)
 
     # ------------------------------------------------------------------------------------ old log-probabilities, noise
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
+        if training:
+            self._noise.end()
         self._skip_next_scoring = training and (self.args.needs_old_logps or self._corrected)
         try:
             batch = super()._generate_and_score_completions(inputs)
@@ -257,7 +261,11 @@ class CTPOTrainer(ResumableTrainer):
         if self.args.leave_one_out and size > 1:
             # Against the others of the group that have a reward.
             scored = (~scores.isnan()).view(-1, size).sum(1).repeat_interleave(size)
-            batch["advantages"] = batch["advantages"] * (scored / (scored - 1).clamp(min=1))[local]
+            factors = scored / (scored - 1).clamp(min=1)
+            batch["advantages"] = batch["advantages"] * factors[local]
+            logged = self._logs["advantages"]
+            for place, factor in zip(range(-len(factors), 0), factors.tolist(), strict=True):
+                logged[place] *= factor
         # Beside the rest, so that they are shuffled and split with it.
         batch["rewards"], batch["reward_parts"] = scores[local], self._scores_by_function[local]
         batch["group"] = torch.arange(len(scores), device=scores.device)[local] // size
@@ -275,7 +283,7 @@ class CTPOTrainer(ResumableTrainer):
         if not self.model.training or self._buffered_inputs is before:
             return inputs
         self._score_old()
-        self._measure_noise()
+        self._noise.begin(self._buffered_inputs)
         return inputs
 
     def _score_old(self) -> None:
@@ -294,7 +302,7 @@ class CTPOTrainer(ResumableTrainer):
         """Weights for the difference between vLLM's log-probabilities and the model's: `ctpo.rollout_correction`."""
         names = ("old_per_token_logps", "sampling_per_token_logps")
         old, engine = (torch.cat([batch[name] for batch in batches]) for name in names)
-        mask = torch.cat([_policy_mask(batch) for batch in batches])
+        mask = torch.cat([policy_mask(batch) for batch in batches])
         # vLLM has NaN for what it could not score: a ratio of 1, as in TRL.
         known = mask & ~engine.isnan()
         engine = engine.where(known, old)
@@ -304,7 +312,7 @@ class CTPOTrainer(ResumableTrainer):
         sizes = [len(batch["completion_ids"]) for batch in batches]
         for batch, weights in zip(batches, found.weights.split(sizes), strict=True):
             # 1 at masked places: TRL's "vespo" takes the product of all.
-            batch["importance_sampling_ratio"] = weights.where(_policy_mask(batch), 1.0)
+            batch["importance_sampling_ratio"] = weights.where(policy_mask(batch), 1.0)
         difference = (old - engine).abs().where(known, 0.0)
         values = {
             "sampling/sampling_logp_difference/mean": difference.sum() / known.sum().clamp(min=1),
@@ -317,7 +325,7 @@ class CTPOTrainer(ResumableTrainer):
             metrics[name].append(max(column) if "max" in name else sum(column) / len(column))
 
     @torch.no_grad()
-    def _scored(self, batch: Batch) -> torch.Tensor:
+    def _scored(self, batch: Batch, model: Any = None) -> torch.Tensor:
         """Log-probabilities of a micro-batch by the very call that the update makes."""
 
         def stop(logp: torch.Tensor) -> None:
@@ -325,59 +333,10 @@ class CTPOTrainer(ResumableTrainer):
 
         try:
             with self.compute_loss_context_manager(), self._after_scoring(stop):
-                super()._compute_loss(self.model, batch)
+                super()._compute_loss(self.model_wrapped if model is None else model, batch)
         except _ScoredError as scored:
             return scored.logp
         raise AssertionError("TRL's loss asked for no log-probabilities")
-
-    def _measure_noise(self) -> None:
-        r"""Log the noise floor, and what share of the last rollout's log-ratios it makes up.
-
-        Some sequences are scored again by the same weights, each alone and without padding: what differs from their
-        scores within the micro-batch is rounding. The floor is the root mean square of that per token; summed along a
-        sequence it spreads like :math:`\sigma\sqrt{t}`, as a small change of the policy does.
-        """
-        batch = self._buffered_inputs[0]
-        rows = min(self.args.noise_floor_sequences, len(batch["completion_ids"]))
-        if rows == 0 or "pixel_values" in batch:
-            return
-        # As it is where old log-probabilities are needed; there is nothing else to compare with.
-        together = batch.get("old_per_token_logps")
-        together = self._scored(batch) if together is None else together
-        mask = _policy_mask(batch)
-        # Sequences with tokens first; every process makes as many passes.
-        order = mask.any(1).sort(descending=True, stable=True).indices
-        sums = self._signal.new_zeros(4)
-        for row in order[:rows].tolist():
-            alone = _without_padding(batch, row)
-            difference = self._scored(alone)[0] - together[row, : alone["completion_ids"].shape[1]]
-            difference = difference.where(_policy_mask(alone)[0], 0.0).to(sums.dtype)
-            length = _policy_mask(alone).sum()
-            squares, squared_sum = (difference**2).sum(), difference.sum() ** 2
-            sums += torch.stack([squares, length, squared_sum / length.clamp(min=1), length.clamp(max=1)])
-        found = torch.cat([sums, self._signal])
-        self._signal.zero_()
-        total, tokens, per_length, sequences, moved, compared = self.accelerator.reduce(found).tolist()
-        if not tokens:
-            return
-        noise = total / tokens
-        metrics = self._metrics["train"]
-        metrics["noise_floor/token"].append(math.sqrt(noise))
-        metrics["noise_floor/sqrt_t"].append(math.sqrt(per_length / sequences))
-        if not moved:
-            return
-        share = noise * compared / moved
-        metrics["noise_floor/share"].append(share)
-        if share > 0.5 and self.accelerator.is_main_process and not self._warned_of_noise:
-            self._warned_of_noise = True
-            logger.warning(
-                "Rounding makes up %.0f%% of the variance of the log-ratios since the last rollout (%.2g of %.2g nats "
-                "per token). Clip rates and spreads then show arithmetic, not what the policy has learned: see "
-                "noise_floor in docs/trainer.md.",
-                100 * min(share, 1.0),
-                math.sqrt(noise),
-                math.sqrt(moved / compared),
-            )
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """A micro-batch; with the last one of an update its traces are written."""
@@ -389,10 +348,10 @@ class CTPOTrainer(ResumableTrainer):
         return loss
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"signal": self._signal.cpu(), "by_position": self._by_position.state_dict()}
+        return {"noise": self._noise.state_dict(), "by_position": self._by_position.state_dict()}
 
     def _load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self._signal.copy_(state["signal"])
+        self._noise.load_state_dict(state["noise"])
         self._by_position.load_state_dict(state["by_position"])
         if self._traces is not None:
             self._traces.discard_after(self.state.global_step)
@@ -421,23 +380,3 @@ class CTPOTrainer(ResumableTrainer):
             # TRL makes one text of a rollout, in which a program's output cannot be told from what the model wrote.
             completions = columns.pop("rollout_messages")
         return ids, completion_ids, mask, completions, logps, columns, *images
-
-
-def _policy_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """True at the tokens that the policy chose, shape (B, T)."""
-    mask = inputs["completion_mask"]
-    return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
-
-
-def _without_padding(batch: Batch, row: int) -> Batch:
-    """One sequence of a micro-batch by itself."""
-    prompt = batch["prompt_mask"][row].bool()
-    # At least one token, attended to or not: the model cannot score none.
-    length = max(1, int(batch["completion_mask"][row].sum()))
-    alone = {"advantages": batch["advantages"][row : row + 1]}
-    for name in ("prompt_ids", "prompt_mask"):
-        alone[name] = batch[name][row, prompt][None]
-    for name in ("completion_ids", "completion_mask", "tool_mask"):
-        if name in batch:
-            alone[name] = batch[name][row, :length][None]
-    return alone
