@@ -104,6 +104,18 @@ def test_so_is_one_of_ctpo_with_its_metrics_by_position(tmp_path: Path, estimato
     assert any(name.startswith("position/") for name in whole["log"][1])
 
 
+def test_the_noise_floor_is_measured_across_the_cut(tmp_path: Path) -> None:
+    """Where a model computes in bfloat16 it needs the scores of the rollout, which was before the cut."""
+    resumed, whole = resumed_and_whole(
+        tmp_path,
+        CTPOTrainer,
+        lambda: {"bf16": True, "model": tiny_model().float(), "num_iterations": 1, "max_steps": 6, "save_steps": 3},
+    )
+    assert differences(resumed, whole) == []
+    # At the second rollout, after step 4.
+    assert [entry.get("noise_floor/lower_bound") for entry in whole["log"][:6]] == [None, None, None, None, 0.0, None]
+
+
 def test_several_cuts_are_as_good_as_one(tmp_path: Path) -> None:
     whole = outcome(train(tiny_trainer(tmp_path / "whole", logging_steps=4, max_steps=6, save_steps=100)))
     for last in (1, 2, 5, 6):
