@@ -37,6 +37,17 @@ _WIDTH = 100
 _READER_LEFT = 141
 # Exit status of a program that Ctrl-C ends.
 _INTERRUPTED = 130
+# Packages for which there is an option, but no extra.
+_ON_REQUEST = (
+    "bitsandbytes",
+    "deepspeed",
+    "flash_attn",
+    "liger_kernel",
+    "tensorboard",
+    "trackio",
+    "vllm",
+    "wandb",
+)
 # Arrays of a file for `ctpo diagnose`; the first two have to be there.
 _ARRAYS = {
     "logp": "log-probabilities under the policy in training, nats, (..., T)",
@@ -86,12 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "ctpo":
             raise
-        needs = f"needs {error.name}" if isinstance(error, ModuleNotFoundError) else str(error).strip()
-        print(f'ctpo {options.command}: {needs}: pip install "ctpo[train]"', file=sys.stderr)
+        print(f"ctpo {options.command}: {_what_is_missing(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
     return getattr(options, "status", 0)
+
+
+def _what_is_missing(error: ImportError) -> str:
+    """What to install."""
+    name = (error.name or "").partition(".")[0]
+    if not name:
+        return " ".join(str(error).split())  # raised by hand: it says what it needs
+    needs = f"needs {name}" if isinstance(error, ModuleNotFoundError) else str(error)
+    package = name.replace("_", "-") if name in _ON_REQUEST else '"ctpo[train]"'
+    return f"{needs}: pip install {package}"
 
 
 def _parser() -> argparse.ArgumentParser:

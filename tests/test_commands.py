@@ -141,6 +141,28 @@ def test_data_show(tmp_path, capsys):
         assert "--columns" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ModuleNotFoundError("No module named 'trl.x'", name="trl.x"), 'needs trl: pip install "ctpo[train]"'),
+        (ModuleNotFoundError("No module named 'vllm'", name="vllm"), "needs vllm: pip install vllm"),
+        (ModuleNotFoundError("", name="liger_kernel.ops"), "needs liger_kernel: pip install liger-kernel"),
+        (
+            ImportError("cannot import name 'a' from 'trl'", name="trl"),
+            "cannot import name 'a' from 'trl'" + ': pip install "ctpo[train]"',
+        ),
+        (ImportError("X needs\n  Y: pip install Y"), "X needs Y: pip install Y"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch, error, text):
+    def missing(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("ctpo.train.data"), "show_source", missing)
+    assert main(["data", "show", "x.parquet"]) == 2
+    assert capsys.readouterr().err == f"ctpo data: {text}\n"
+
+
 def test_missing_package_and_interruption(capsys, monkeypatch):
     data = importlib.import_module("ctpo.train.data")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -23,12 +25,14 @@ from trl import GRPOConfig, ModelConfig
 
 from ctpo.cli import main
 from ctpo.train import run as run_module
+from ctpo.train._checkpoints import last_checkpoint
 from ctpo.train._memory import estimate, sizes_of, splitting
 from ctpo.train._options import RunConfig, accelerate_settings, parse
 from ctpo.train._plan import optimizer_steps, plan_text
 from ctpo.train._progress import Progress
 from ctpo.train._report import summarize, summary_text
 from ctpo.train.config import CTPOConfig
+from ctpo.train.data import load_problems
 
 # A run of a second or two.
 TINY = """\
@@ -48,6 +52,10 @@ use_cpu: true
 bf16: false
 activation_checkpointing: false
 """
+
+
+# Packages of some options, not here for the tests.
+OPTIONAL = ("vllm", "bitsandbytes", "liger_kernel", "deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +149,31 @@ def test_no_words_at_all(capsys):
         ("--model_name_or_path ./nowhere", "model './nowhere': no such file or directory"),
         ("--model_name_or_path toy?steps=3", "toy?steps=3"),
         ("--eos_token <|nope|>", "eos_token: '<|nope|>' is no token"),
+        ("--eval_strategy steps", "eval_strategy must not be steps: the problems of eval_data are answered before and"),
+        ("--eval_on_start true", "eval_on_start must not be true: the problems of eval_data"),
+        ("--load_best_model_at_end", "load_best_model_at_end must not be true: no checkpoint is evaluated"),
+        ("--save_strategy best", "save_strategy must not be best: no checkpoint is evaluated"),
+        ("--reward_weights 0.5 0.5", "reward_weights must not be 0.5 0.5: weights go into rewards, as in --rewards"),
+        ("--remove_unused_columns true", "remove_unused_columns must not be true: rewards read"),
+        ("--data_seed 3", "data_seed must not be 3: it has no effect, seed decides"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor must not be 0.1: it has no effect"),
+        (
+            "--data arithmetic?size=8 --eval_data arithmetic?size=9",
+            "all of its problems, 8, are among those of eval_data",
+        ),
+        ("--use_vllm", "use_vllm needs the package vllm, which is not here: pip install vllm"),
+        ("--load_in_4bit", "load_in_4bit needs the package bitsandbytes, which is not here: pip install bitsandbytes"),
+        ("--accelerate_config zero2 --num_processes 1", "accelerate_config zero2 needs the package deepspeed"),
+        ("--report_to wandb", "report_to wandb needs the package wandb, which is not here: pip install wandb"),
+        ("--use_liger_kernel true", "needs the package liger-kernel, which is not here: pip install liger-kernel"),
     ],
 )
-def test_what_is_wrong_on_the_line(capsys, recipe, words, text):
+def test_what_is_wrong_on_the_line(capsys, recipe, words, text, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in OPTIONAL else found(name, *more)
+    )
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
     assert text in error_of(capsys, "--config", recipe, *words.split())
 
 
@@ -200,9 +230,9 @@ def test_the_line_goes_before_the_file_and_both_before_defaults(tmp_path, monkey
         "bf16: false\nclip_dual: null\n"
     )
     monkeypatch.setenv("CTPO_TEST_VARIABLE", "0")
-    options = parse(["--config", str(path), "--max_steps=9", "--data", "two", "three", "--use-peft", "--dry-run"])
+    options = parse(["--config", str(path), "--max_steps=9", "--data", "two", "three", "--use-peft"])
     assert os.environ["CTPO_TEST_VARIABLE"] == "3"
-    assert options.dry_run
+    assert not options.dry_run
     given = options.given
     assert (given["max_steps"], given["learning_rate"], given["data"]) == (9, 1e-5, ["two", "three"])
     assert (given["run_name"], given["eval_strategy"], given["instruction"]) == ("5", "no", "no")
@@ -212,6 +242,30 @@ def test_the_line_goes_before_the_file_and_both_before_defaults(tmp_path, monkey
     assert isinstance(given["beta"], float)
     assert options.origins["max_steps"] == options.origins["use_peft"] == "line"
     assert options.origins["learning_rate"] == "recipe"
+
+
+def test_options_that_mean_nothing_may_say_so(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "eval_strategy: no\neval_on_start: false\nremove_unused_columns: false\nlabel_smoothing_factor: 0\n"
+        "data_seed: null\nsave_strategy: steps\n"
+    )
+    assert parse(["--config", str(path)]).given["label_smoothing_factor"] == 0
+
+
+@pytest.mark.parametrize("word", ["--dry-run", "--dry_run"])
+def test_a_plan_runs_nothing_of_a_recipe_and_sets_what_it_needs_only(recipe, tmp_path, monkeypatch, word):
+    (tmp_path / "recipes_code.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("CTPO_TEST_VARIABLE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "0")
+    extra = "env: {CTPO_TEST_VARIABLE: 3, CUDA_VISIBLE_DEVICES: 1}\n"
+    recipe.write_text(recipe.read_text().replace("train_rewards:characters", "recipes_code:function") + extra)
+    text, status = run_module.train(["--config", str(recipe), word])
+    assert status == 0
+    assert "recipes_code:function" in text
+    assert (os.environ["CTPO_TEST_VARIABLE"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -262,6 +316,27 @@ def test_plan_warns_of_what_makes_a_run_pointless(recipe):
     assert "vLLM is not installed" in cautions("--use_vllm")
     assert "the model's context is 4096" in cautions("--max_completion_length", "4096")
     assert "this machine has" in cautions("--use_cpu", "false", "--num_processes", "64", "--steps_per_generation", "1")
+
+
+def test_problems_of_the_evaluation_are_not_trained_on(recipe, capsys):
+    # The first 3 of each seed's problems; the second source has the first 5 of the same.
+    words = ["--config", str(recipe), "--data", "arithmetic?size=8&seed=0", "arithmetic?size=8&seed=5"]
+    words += ["--eval_data", "arithmetic?size=8&seed=0", "--eval_limit", "3"]
+    text = plan_text(parse(words))
+    assert "left out: 3 of the problems to train on, which eval_data has, too" in " ".join(text.split())
+    plan = parse(words).plan()
+    with run_module._calm():
+        kept = run_module._data(plan, say=True)
+    assert capsys.readouterr().err == "! left out 3 of 16 problems of data, which are among those of eval_data\n"
+    everything = load_problems("arithmetic?size=8&seed=0") + load_problems("arithmetic?size=8&seed=5")
+    held_out = [problem.prompt for problem in load_problems("arithmetic?size=8&seed=0", limit=3)]
+    assert [problem.prompt for problem in kept] == [one.prompt for one in everything if one.prompt not in held_out]
+    assert len(kept) == 13
+    with run_module._calm():
+        assert (
+            len(run_module._data(parse([*words, "--eval_data", "arithmetic?split=test&size=8"]).plan(), say=True)) == 16
+        )
+    assert capsys.readouterr().err == ""
 
 
 def test_plan_counts_steps_of_epochs(recipe):
@@ -495,6 +570,52 @@ def test_two_processes_are_launched_and_speak_with_one_voice(recipe, tmp_path):
     assert set(json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]) == {"after"}
 
 
+@pytest.mark.parametrize("end", ["SIGHUP", "SIGKILL"])
+def test_launched_processes_save_and_end_when_the_terminal_or_the_command_is_gone(recipe, tmp_path, end):
+    words = ["--num_processes", "2", "--max_steps", "100000", "--per_device_train_batch_size", "2"]
+    words += ["--save_steps", "1000000"]
+    command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    with process.stderr:
+        for line in process.stderr:
+            if line.startswith("step "):
+                break
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) >= 3  # a launcher and its processes
+        process.send_signal(signal.Signals[end])  # and nobody reads what they say any more
+    _, alive = psutil.wait_procs(below, timeout=60)
+    for one in alive:
+        one.kill()
+    assert not alive
+    assert process.wait(timeout=60) == (128 + signal.SIGTERM if end == "SIGHUP" else -signal.SIGKILL)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] != []
+
+
+def test_a_closed_terminal_saves(recipe, tmp_path):
+    """Without a launcher; the terminal is a real one."""
+    command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), "--max_steps", "100000"]
+    take_terminal = (
+        f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({command[0]!r}, {command})"
+    )
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", take_terminal],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env=environment(),
+        start_new_session=True,
+    )
+    os.close(end)
+    read = b""
+    while b"reward" not in read:
+        read += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    [last, *_] = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    assert last_checkpoint(tmp_path / "out") == (last, [])
+
+
 # ------------------------------------------------------------------------------------------------------ parts of a run
 
 
@@ -502,6 +623,7 @@ def test_two_processes_are_launched_and_speak_with_one_voice(recipe, tmp_path):
 def test_launching_hands_all_words_on(recipe, monkeypatch, launcher):
     launched = []
     monkeypatch.setattr(run_module, "_watched", lambda command: launched.append(command) or 3)
+    monkeypatch.setattr(run_module, "_check_packages", lambda plan: None)
     words = ["--config", str(recipe), "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
     words += ["--main_process_port", "29500", "--num_processes", "4", "--run_name", "a b"]
     if launcher.startswith("accelerate"):
@@ -572,6 +694,13 @@ def test_errors_become_one_line(recipe, tmp_path):
     full = clear(RuntimeError("I/O error:\n  No space left on device"), plan, tmp_path)
     assert isinstance(full, OSError)
     assert str(full) == "I/O error: No space left on device"
+    pushing = parse(["--config", str(recipe), "--push_to_hub", "true"]).plan(world_size=1)
+    connect_error = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    unreachable = clear(connect_error("no such name"), pushing, tmp_path)
+    assert isinstance(unreachable, OSError)
+    assert str(unreachable) == "push_to_hub: the Hub cannot be reached or refuses: no such name"
+    missing = clear(ModuleNotFoundError("No module named 'vllm'", name="vllm"), plan, tmp_path)
+    assert (type(missing), missing.name) == (ModuleNotFoundError, "vllm")
     other = TypeError("a mistake")
     assert clear(other, plan, tmp_path) is other
 
@@ -589,6 +718,29 @@ def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
     assert (found["reward_first"], found["reward_last"], found["reward_entries"]) == (0.5, 18.5, 2)
     assert (found["tokens"], found["tokens_per_second"], found["rollout_batches"]) == (190, 10.0, 5)
     assert "held-out" not in summary_text(found)
+
+
+@pytest.mark.parametrize(
+    ("floor", "text"),
+    [
+        (
+            {"token": 0.0123, "share": 0.25, "lower_bound": 0.0},
+            "0.012 nats a token, 0.25 of the log-ratios' mean square",
+        ),
+        ({"token": 0.5, "share": 1.7, "lower_bound": 0.0}, "0.5 nats a token, 1 of the log-ratios' mean square"),
+        ({"token": 0.5, "lower_bound": 0.0}, "0.5 nats a token"),
+        ({"token": 1e-6, "share": 0.25, "lower_bound": 1.0}, "at least 1e-06 nats a token (batch shape only)"),
+        ({"token": 0.0, "share": 0.0, "lower_bound": 1.0}, "unknown: the batch's shape changes nothing"),
+        ({}, None),
+    ],
+)
+def test_summary_says_what_the_noise_floor_is_of(tmp_path, floor, text):
+    history = [{f"noise_floor/{name}": value for name, value in floor.items()}]
+    found = summarize(
+        history=history, steps=1, updates_per_rollout=1.0, output_dir=tmp_path, evaluations={}, comparison=None
+    )
+    lines = [line for line in summary_text(found).splitlines() if "noise floor" in line]
+    assert lines == ([] if text is None else [f"  noise floor   {text}"])
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +372,8 @@ class ResumableTrainer(GRPOTrainer):
             # Not print: a handler may run within one.
             saved = "" if self.args.save_strategy == SaveStrategy.NO else " and saved"
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the running step is finished{saved}; once more ends it at once\n".encode())
+            with suppress(OSError):  # of a terminal that was closed
+                os.write(2, f"\n{name}: the running step is finished{saved}; once more ends it at once\n".encode())
 
     def _is_to_stop(self) -> bool:
         """Whether a signal reached any process, at the end of a step."""

@@ -58,6 +58,24 @@ _OTHERS = {
     "torch_dtype": "dtype",
     "train_data": "data",
 }
+# Options of TRL and transformers that mean nothing here: values that do no harm, and what to do instead.
+_NOT_BETWEEN = "the problems of eval_data are answered before and after the training, not in between"
+_NO_BEST = "no checkpoint is evaluated, so that none is the best; ctpo eval compares those that save_steps keeps"
+_MEANINGLESS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "eval_strategy": (("no",), _NOT_BETWEEN),
+    "eval_steps": ((), _NOT_BETWEEN),
+    "eval_on_start": ((False,), f"{_NOT_BETWEEN}; eval_before is about before"),
+    "do_eval": ((False,), _NOT_BETWEEN),
+    "load_best_model_at_end": ((False,), _NO_BEST),
+    "metric_for_best_model": ((), _NO_BEST),
+    "save_strategy": (("no", "steps", "epoch"), _NO_BEST),
+    "reward_weights": ((), "weights go into rewards, as in --rewards math:0.5,format:0.5"),
+    "remove_unused_columns": ((False,), "rewards read the other columns of the data"),
+    "data_seed": ((), "it has no effect, seed decides the order of the data"),
+    "label_smoothing_factor": ((0.0,), "it has no effect, this loss has no labels"),
+}
+# Of a recipe's variables those that a plan needs: where files are, and which GPUs.
+_FOR_PLANS = ("CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE")
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false", "dict": "a mapping"}
 
 
@@ -395,7 +413,8 @@ def _loader() -> Any:
 def parse(words: Sequence[str]) -> Options:
     """Read what follows `ctpo train`, without `--help` and `--help-all`.
 
-    Environment variables of a recipe's `env` are set here, before anything reads them.
+    Environment variables of a recipe's `env` are set here, before anything reads them; for a plan only those that say
+    where files and GPUs are.
 
     Raises:
         ValueError: An option is unknown or has a wrong value, or a file is not what it has to be.
@@ -406,7 +425,8 @@ def parse(words: Sequence[str]) -> Options:
     if name is not None:
         text, where = _recipe(name)
         found = _read_yaml(text, where)
-        _set_environment(found.pop("env", None), where)
+        plan_only = "--dry-run" in words or "--dry_run" in words
+        _set_environment(found.pop("env", None), where, only=_FOR_PLANS if plan_only else None)
     parser = _parser()
     given = _checked(parser, found, where)
     origins: dict[str, Origin] = dict.fromkeys(given, "recipe")
@@ -414,7 +434,17 @@ def parse(words: Sequence[str]) -> Options:
     dry_run = bool(line.pop("dry_run", False))
     line.pop("config", None)
     origins |= dict.fromkeys(line, "line")
+    for option, value in (given | line).items():
+        harmless, instead = _MEANINGLESS.get(option, ((value,), ""))
+        if value is not None and value not in harmless:
+            raise ValueError(f"{option} must not be {_shown(value)}: {instead}")
     return Options(name, given | line, origins, dry_run)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _config_name(words: Sequence[str]) -> str | None:
@@ -431,13 +461,14 @@ def _config_name(words: Sequence[str]) -> str | None:
     return names[0] if names else None
 
 
-def _set_environment(found: Any, where: str) -> None:
+def _set_environment(found: Any, where: str, *, only: Sequence[str] | None) -> None:
     if found is None:
         return
     if not isinstance(found, dict) or not all(isinstance(value, str | int | float) for value in found.values()):
         raise ValueError(f"{where}: env must be a mapping of names to texts, got {found!r}")
     for name, value in found.items():
-        os.environ[str(name)] = str(value)
+        if only is None or name in only:
+            os.environ[str(name)] = str(value)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 from ctpo.train._memory import Sizes, estimate, offline, sizes_of, splitting
 from ctpo.train._options import Options, Plan, RunConfig, accelerate_settings
 
-__all__ = ["Loaded", "load_training_problems", "plan_text", "processes_of", "stand_in"]
+__all__ = ["Loaded", "load_training_problems", "not_held_out", "plan_text", "processes_of", "stand_in"]
 
 # Positions at which the window is shown.
 _POSITIONS = (1, 100, 1000, 8000)
@@ -85,6 +85,19 @@ def load_training_problems(
     return Loaded(problems, counts, missing)
 
 
+def not_held_out(problems: Sequence[Any], held_out: Sequence[Any]) -> list[Any]:
+    """The problems whose prompts are not among those that the model is measured by."""
+
+    def messages(problem: Any) -> str:
+        return json.dumps(problem.row()["prompt"], sort_keys=True)
+
+    measured = {messages(problem) for problem in held_out}
+    kept = [problem for problem in problems if messages(problem) not in measured]
+    if problems and not kept:
+        raise ValueError(f"data: all of its problems, {len(problems)}, are among those of eval_data")
+    return kept
+
+
 @contextlib.contextmanager
 def stand_in(name: str) -> Iterator[str]:
     """The model's name, or for the toy a directory with a model of its sizes and its tokenizer, not warmed up."""
@@ -107,7 +120,10 @@ def plan_text(options: Options, *, width: int = 80) -> str:
         sizes = _sizes(plan, model)
         loaded = load_training_problems(plan.run, plan.run.data, plan.run.limit, cached=True)
         measured = load_training_problems(plan.run, plan.run.eval_data or [], plan.run.eval_limit, cached=True)
-        data, tokens = _data(plan, model, loaded, measured, width)
+        kept = not_held_out(loaded.problems, measured.problems)
+        left_out = len(loaded.problems) - len(kept)
+        loaded = dataclasses.replace(loaded, problems=kept)
+        data, tokens = _data(plan, model, loaded, measured, left_out, width)
     blocks = {
         "Settings (* from the recipe, + from the line; the others are defaults)": _settings(options, width),
         "Estimator": _estimator(plan, width),
@@ -209,14 +225,27 @@ def _ratio(log: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def _data(plan: Plan, model: str, loaded: Loaded, measured: Loaded, width: int) -> tuple[list[str], int | None]:
-    """Lines, and the number of tokens of the longest prompt where it is known."""
+def _data(
+    plan: Plan, model: str, loaded: Loaded, measured: Loaded, left_out: int, width: int
+) -> tuple[list[str], int | None]:
+    """Lines, and the number of tokens of the longest prompt where it is known.
+
+    Args:
+        plan: The plan.
+        model: The model or what stands in for it.
+        loaded: What is trained on, without what is measured by.
+        measured: What is measured by.
+        left_out: How many problems were left out for that.
+        width: Columns.
+    """
     lines: list[str] = []
     for title, part in (("train", loaded), ("evaluate", measured)):
         for source, count in part.counts.items():
             lines += _field(f"{title}:", [f"{source}, {count} problems"], width, 12)
         for source in part.missing:
             lines += _field(f"{title}:", [f"{source}, not in the cache: the run downloads it"], width, 12)
+    if left_out:
+        lines += _field("left out:", [f"{left_out} of the problems to train on, which eval_data has, too"], width, 12)
     if not measured.counts and not measured.missing:
         lines += _field("evaluate:", ["nothing, eval_data is not set"], width, 12)
     lines += _field("rewards:", [plan.run.rewards], width, 12)
@@ -380,8 +409,45 @@ def optimizer_steps(trainer: Any, problems: int | None) -> int | None:
         return int(trainer.max_steps)
     if problems is None:
         return None
-    batches = problems // (trainer.generation_batch_size // trainer.num_generations)
-    return math.ceil(batches * trainer.updates_per_rollout * trainer.num_train_epochs)
+    return math.ceil(_steps_of_epoch(trainer, problems) * trainer.num_train_epochs)
+
+
+def rollout_batches(trainer: Any, problems: int | None) -> int | None:
+    """Rollout batches that a run samples, the last of them perhaps used in part; None where the data is not known."""
+    steps = optimizer_steps(trainer, problems)
+    if steps is None:
+        return None
+    epochs, uses = 0, _uses(trainer)
+    if problems is not None and _batches(trainer, problems):
+        epochs, steps = divmod(steps, _steps_of_epoch(trainer, problems))
+    in_epochs = epochs * _batches(trainer, problems) if problems is not None else 0
+    return in_epochs + math.ceil(steps * trainer.gradient_accumulation_steps / uses)
+
+
+def oldest_update(trainer: Any, problems: int | None) -> int:
+    """Optimizer steps between the sampling of an answer and the update that uses it, at most."""
+    accumulated, uses = trainer.gradient_accumulation_steps, _uses(trainer)
+    # A rollout batch starts within an update where one does not divide the other; the same recurs after so many.
+    different = accumulated // math.gcd(accumulated, uses)
+    if problems is not None:
+        different = min(different, max(1, _batches(trainer, problems)))
+    starts = (number * uses for number in range(different))
+    return max((start + uses - 1) // accumulated - start // accumulated for start in starts)
+
+
+def _uses(trainer: Any) -> int:
+    """Micro-batches that are made with one rollout batch."""
+    return int(trainer.steps_per_generation * trainer.num_iterations)
+
+
+def _batches(trainer: Any, problems: int) -> int:
+    """Rollout batches of an epoch."""
+    return int(problems // (trainer.generation_batch_size // trainer.num_generations))
+
+
+def _steps_of_epoch(trainer: Any, problems: int) -> int:
+    """Optimizer steps of an epoch, whose last one may accumulate less."""
+    return math.ceil(_batches(trainer, problems) * _uses(trainer) / trainer.gradient_accumulation_steps)
 
 
 def _updates(plan: Plan, processes: int, loaded: Loaded, width: int) -> list[str]:
@@ -401,25 +467,26 @@ def _updates(plan: Plan, processes: int, loaded: Loaded, width: int) -> list[str
             + f", {trainer.gradient_accumulation_steps} times {trainer.per_device_train_batch_size} in each"
             * (trainer.gradient_accumulation_steps > 1),
         ),
-        ("off-policyness:", f"{updates:g} updates with each rollout batch" + _ages(trainer)),
+        ("off-policyness:", f"{updates:g} updates with each rollout batch" + _ages(trainer, known)),
     ]
     if steps is None:
         rows.append(("in all:", "as many steps as the data has, which is not here"))
     else:
-        rollouts = steps / updates
+        rollouts = rollout_batches(trainer, known) or 0
         passes = f", {rollouts * prompts / known:.2g} passes over the data" if known else ""
-        rows.append(("in all:", f"{steps} updates with {rollouts:.4g} rollout batches{passes}"))
+        rows.append(("in all:", f"{steps} updates with {rollouts} rollout batch{'es' * (rollouts != 1)}{passes}"))
     rows.append(("answer:", f"at most {trainer.max_completion_length} tokens, temperature {trainer.temperature:g}"))
     rows.append(("learning rate:", f"{trainer.learning_rate:g}, {getattr(trainer.lr_scheduler_type, 'value', '')}"))
     return [line for name, text in rows for line in _field(name, [text], width, 18)]
 
 
-def _ages(trainer: Any) -> str:
+def _ages(trainer: Any, problems: int | None) -> str:
     if not trainer.needs_old_logps:
         return ", the policy is the one that sampled"
-    last = math.ceil(trainer.updates_per_rollout) - 1
+    last, divides = oldest_update(trainer, problems), _uses(trainer) % trainer.gradient_accumulation_steps == 0
     again = f", each answer in {trainer.num_iterations} of them" if trainer.num_iterations > 1 else ""
-    return f"{again}; the last one is {last} update{'s' * (last != 1)} old"
+    most = "" if divides else "on average"
+    return f"{' ' * bool(most)}{most}{again}; the last one is {'' if divides else 'up to '}{last} update{'s' * (last != 1)} old"
 
 
 def _cautions(plan: Plan, sizes: Sizes | None, loaded: Loaded, processes: int, longest: int | None) -> list[str]:

@@ -99,9 +99,7 @@ def summary_text(summary: Mapping[str, Any], *, width: int = 80) -> str:
         ends = "in the first and last logged step" if few == 1 else f"in the first and last {few} logged steps"
         rows.append(("reward", f"{summary['reward_first']:.3g} -> {summary['reward_last']:.3g}, {ends}"))
     if "token" in summary["noise_floor"]:
-        share = summary["noise_floor"].get("share")
-        of = "" if share is None else f", {share:.2g} of the variance of the log-ratios"
-        rows.append(("noise floor", f"{summary['noise_floor']['token']:.2g} nats a token{of}"))
+        rows.append(("noise floor", _noise_floor(summary["noise_floor"])))
     peak = summary["peak_memory"]
     rows.append(("memory", f"{peak['bytes'] / 1e9:.2f} GB at most, of {peak['of']}"))
     lines = [f"trained: {summary['output_dir']}/model"]
@@ -116,6 +114,17 @@ def summary_text(summary: Mapping[str, Any], *, width: int = 80) -> str:
         one = found["after"]
         lines.append(f"  {'':14}{one['metric']} on {one['problems']} held-out problems [{one['level']:.0%} interval]")
     return "\n".join(lines)
+
+
+def _noise_floor(found: Mapping[str, float]) -> str:
+    """What was measured, and of what; see `ctpo.train._noise_floor`."""
+    token, share = found["token"], found.get("share")
+    if not found.get("lower_bound"):
+        of = "" if share is None else f", {min(share, 1.0):.2g} of the log-ratios' mean square"
+        return f"{token:.2g} nats a token{of}"
+    if token == 0.0:
+        return "unknown: the batch's shape changes nothing"
+    return f"at least {token:.2g} nats a token (batch shape only)"
 
 
 def _interval(one: Mapping[str, Any], *, signed: bool = False) -> str:

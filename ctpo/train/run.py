@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -92,7 +93,7 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
         from ctpo.train._options import recipe_names
 
         raise ValueError(f"nothing to train: --config {', '.join(recipe_names())} or a YAML file; --help says more")
-    with _calm():
+    with contextlib.redirect_stderr(cast("Any", _Unheard(sys.stderr))), _calm():
         options = parse(words)
         if options.dry_run:
             from ctpo.train._plan import plan_text
@@ -101,7 +102,9 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
         if not _is_launched() and (status := _launch(options, words)) is not None:
             return "", status
         try:
-            return _run(options, width), 0
+            with _at_hang_up(lambda: os.kill(os.getpid(), signal.SIGTERM)):
+                _end_with_the_launcher()
+                return _run(options, width), 0
         except _Finished as finished:
             return str(finished), 0
         except _Stopped as stopped:
@@ -163,11 +166,14 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
 
 
 def _watched(command: Sequence[str]) -> int:
-    """Run a launcher; Ctrl-C and SIGTERM reach the processes that train, each once, which then save and end.
+    """Run a launcher; Ctrl-C, SIGTERM and SIGHUP reach the processes that train, each once, which then save and end.
 
     Launchers would pass on a signal that the terminal has sent to all already, and kill what takes half a minute.
     """
+    import fcntl  # not on Windows
+
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as told:
+        fcntl.flock(told, fcntl.LOCK_EX)  # held as long as this process lives, see `_end_with_the_launcher`
         process = subprocess.Popen(command, env={**os.environ, _OURS: told.name}, start_new_session=True)
 
         def forward(number: int, _: Any) -> None:
@@ -177,7 +183,8 @@ def _watched(command: Sequence[str]) -> int:
 
         former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            status = process.wait()
+            with _at_hang_up(lambda: forward(signal.SIGHUP, None)):
+                status = process.wait()
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
@@ -186,6 +193,60 @@ def _watched(command: Sequence[str]) -> int:
     if status:
         print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
     return status if 0 <= status < 256 else 1
+
+
+@contextlib.contextmanager
+def _at_hang_up(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` when the terminal is closed, at the first SIGHUP only: the system and the shell both send one."""
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    main = threading.current_thread() is threading.main_thread()
+    if hang_up is None or not main or signal.getsignal(hang_up) != signal.SIG_DFL:  # ignored below nohup
+        yield
+        return
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        act()
+
+    signal.signal(hang_up, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(hang_up) is handle:
+            signal.signal(hang_up, signal.SIG_DFL)
+
+
+class _Unheard:
+    """A stream whose reader may have gone, which is no reason to end: a closed terminal, a log that is full."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _end_with_the_launcher() -> None:
+    """Save and end, as at SIGTERM, once the command that has launched this process is gone, however it ended."""
+    if _OURS not in os.environ:
+        return
+    import fcntl
+
+    def wait() -> None:
+        with contextlib.suppress(OSError), open(os.environ[_OURS]) as told:
+            fcntl.flock(told, fcntl.LOCK_SH)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _training_processes(launcher: int) -> list[int]:
@@ -210,11 +271,42 @@ def _check(plan: Plan) -> None:
     from ctpo.train.generation import load_tokenizer
     from ctpo.train.rewards import Rewards
 
+    _check_packages(plan)
     _data(plan)
     name = str(plan.model.model_name_or_path)
     if name.partition("?")[0] != "toy":
         set_eos(load_tokenizer(name), plan.run.eos_token)
     Rewards(plan.run.rewards).close()
+
+
+def _check_packages(plan: Plan) -> None:
+    """Refuse an option whose package is not here, before anything has taken time."""
+    from importlib.util import find_spec
+
+    from transformers.integrations import get_available_reporting_integrations
+
+    from ctpo.train._memory import splitting
+    from ctpo.train._options import accelerate_settings
+
+    run, trainer, model = plan.run, plan.trainer, plan.model
+    split = splitting(accelerate_settings(run.accelerate_config))
+    needed = {
+        "use_vllm": ("vllm", trainer.use_vllm),
+        "eval_backend vllm": ("vllm", run.eval_backend == "vllm" and run.eval_data),
+        "use_liger_kernel": ("liger-kernel", trainer.use_liger_kernel),
+        "load_in_4bit": ("bitsandbytes", model.load_in_4bit),
+        "load_in_8bit": ("bitsandbytes", model.load_in_8bit),
+        f"accelerate_config {run.accelerate_config}": ("deepspeed", split.startswith("zero")),
+    }
+    missing = {
+        option: package
+        for option, (package, asked) in needed.items()
+        if asked and find_spec(package.replace("-", "_")) is None
+    }
+    known = get_available_reporting_integrations()
+    missing |= {f"report_to {name}": name for name in trainer.report_to if name not in (*known, "none", "all")}
+    for option, package in missing.items():
+        raise ValueError(f"{option} needs the package {package}, which is not here: pip install {package}")
 
 
 @contextlib.contextmanager
@@ -284,11 +376,12 @@ def _run(options: Options, width: int) -> str:
             plan.trainer.generation_batch_size,
         )
     with contextlib.ExitStack() as stack:
-        data = _data(plan)
+        data = _data(plan, say=True)
         record = _record(plan, data)
         files = None
         with _first_decides():
             if first:
+                _check_packages(plan)
                 check_writable(output)
                 files = stack.enter_context(RunDirectory(output))
                 if (output / RUN).exists():
@@ -512,10 +605,21 @@ def _warm_up_progress() -> Callable[[int, int, float], None]:
     return show
 
 
-def _data(plan: Plan) -> list[Any]:
-    from ctpo.train._plan import load_training_problems
+def _data(plan: Plan, *, say: bool = False) -> list[Any]:
+    """The problems to train on, those left out that are among the problems of the evaluation."""
+    from ctpo.train._plan import load_training_problems, not_held_out
 
-    return load_training_problems(plan.run, plan.run.data, plan.run.limit).problems
+    run = plan.run
+    problems = load_training_problems(run, run.data, run.limit).problems
+    measured = load_training_problems(run, run.eval_data or [], run.eval_limit).problems
+    kept = not_held_out(problems, measured)
+    if say and len(kept) < len(problems):
+        _log.warning(
+            "left out %d of %d problems of data, which are among those of eval_data",
+            len(problems) - len(kept),
+            len(problems),
+        )
+    return kept
 
 
 def _dtype(plan: Plan) -> str:
@@ -652,7 +756,12 @@ def _evaluate_apart(options: Options, model: str, when: str) -> None:
         process.start()
     finally:
         os.environ.update(kept)
-    process.join()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
     if process.exitcode:
         if process.exitcode == _INTERRUPTED:
             raise KeyboardInterrupt
@@ -664,6 +773,14 @@ def _of_launcher(name: str) -> bool:
 
 
 def _apart(options: Options, model: str, when: str) -> None:
+    import multiprocessing
+
+    def end_with_the_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     status = 0
     with _calm():
         try:
@@ -800,6 +917,9 @@ def _clear(error: Exception, plan: Plan, output: Path, what: str = "") -> Except
             "steps_per_generation as much larger, or use activation_checkpointing, LoRA (use_peft) or more processes; "
             "ctpo train --dry-run estimates the memory"
         )
+    if _from_the_network(error):
+        whom = "push_to_hub: the Hub" if plan.trainer.push_to_hub else f"{before}a server"
+        return OSError(f"{whom} cannot be reached or refuses: {text}")
     if isinstance(error, OSError) or "No space left" in text or "StorageFull" in text:
         from ctpo.train._checkpoints import last_checkpoint
 
@@ -808,9 +928,17 @@ def _clear(error: Exception, plan: Plan, output: Path, what: str = "") -> Except
             "" if last is None or "checkpoint" in text else f"; {last} is intact, the same command goes on from there"
         )
         return OSError(f"{before}{text}{kept}")
+    if isinstance(error, ModuleNotFoundError):
+        return ModuleNotFoundError(f"{before}{text}", name=error.name)
     if isinstance(error, ValueError | ImportError):
         return type(error)(f"{before}{text}")
     return error
+
+
+def _from_the_network(error: Exception) -> bool:
+    """Whether an HTTP client, of which huggingface_hub has had several, has raised it."""
+    families = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return not families.isdisjoint(("httpx", "httpx2", "requests"))
 
 
 def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
