@@ -1,7 +1,7 @@
 # Every target is plain pip and python lines; README.md shows them for people without make.
 PYTHON ?= python3
 RUN := .venv/bin/python
-INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = @echo "installing into .venv, a minute or more" && $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: verify test train test-verl figures studies report bench bench-verl check clean
 
