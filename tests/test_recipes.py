@@ -104,7 +104,7 @@ def test_every_setting_says_whose_it_is(name):
 def test_a_recipe_builds_a_trainer(name, model, tmp_path):
     words = ["--config", name, "--model_name_or_path", str(model), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     words += ["--data", "arithmetic?difficulty=3&size=1024", "--use_vllm", "false", "--report_to", "none"]
-    words += ["--python_sandbox", "monty", "--max_prompt_tokens", "2000"]
+    words += ["--eval_data", "arithmetic?split=test&size=8", "--python_sandbox", "monty", "--max_prompt_tokens", "2000"]
     plan = parse(words).plan()
     with ExitStack() as stack, run_module._calm():
         sandbox = run_module._sandbox(plan, stack)
