@@ -50,8 +50,9 @@ _KNOWN: dict[str, dict[str, Any]] = {
     },
 }
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
-# TRL's fused head: tokens by vocabulary of one tile.
-_TILE_TOKENS, _TILE_WIDTH = 4096, 8192
+# TRL's fused head: tokens by vocabulary of one tile, and float32 tiles beside it where there is no Triton.
+_TILE_TOKENS, _TILE_WIDTH = 4096, 32768
+_CPU_TILES = 7
 # A prompt's tokens where no limit is given.
 _PROMPT = 512
 
@@ -66,8 +67,9 @@ class Sizes:
         head: Parameters of the output layer, 0 if they are not trained.
         layers: Number of layers.
         hidden: Width.
-        attention: Numbers per token and layer that attention keeps: queries, keys and values.
+        queries: Numbers of the queries of a token and layer.
         cached: Those of keys and values.
+        normed: Whether queries and keys have a norm of their own, as in Qwen3.
         intermediate: Width of the MLP.
         vocabulary: Number of tokens.
         context: Most tokens of a sequence; None where the configuration does not say.
@@ -79,8 +81,9 @@ class Sizes:
     head: int
     layers: int
     hidden: int
-    attention: int
+    queries: int
     cached: int
+    normed: bool
     intermediate: int
     vocabulary: int
     context: int | None
@@ -124,8 +127,9 @@ def sizes_of(name: str, peft: Any = None, *, revision: str | None = None) -> Siz
         head=0 if peft is not None else head,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        attention=config.num_attention_heads * width + cached,
+        queries=config.num_attention_heads * width,
         cached=cached,
+        normed=any(part.endswith("q_norm") for part, _ in model.named_modules()),
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
@@ -204,28 +208,37 @@ def estimate(sizes: Sizes, trainer: Any, model: Any, *, processes: int, split: s
         split: What `splitting` says.
         max_prompt: Most tokens of a prompt; None where there is no limit.
     """
+    full = sizes.trainable == sizes.total
     held = 0.5 if model.load_in_4bit else 1.0 if model.load_in_8bit else _BYTES.get(model.dtype or "float32", 4.0)
-    reckon = 2.0 if trainer.bf16 or trainer.fp16 else 4.0
-    kept = _BYTES.get(model.dtype or "float32", 4.0) if sizes.trainable == sizes.total else 4.0
+    wide = _BYTES.get(model.dtype or "float32", 4.0)
+    kept = wide if full else 4.0
+    mixed = trainer.bf16 or trainer.fp16
+    reckon = 2.0 if mixed else wide
     deepspeed = split.startswith("zero")
-    if deepspeed and reckon == 2.0:
+    if deepspeed and mixed:
         held = min(held, 2.0)  # DeepSpeed keeps the float32 weights with the optimizer
+    elif split == "fsdp" and mixed and full:
+        held = kept = 4.0  # Accelerate makes float32 of them
+    if split != "none" and mixed:
+        wide = 2.0  # both compute with 16-bit weights; autocast alone leaves the residual stream as the weights are
     by = {name: processes if split in splits else 1 for name, splits in _SPLITS.items()}
 
     def part(count: float, each: float, among: int) -> tuple[float, str]:
         how = f"{_count(count)} x {each:g} bytes" + (f" / {among}" if among > 1 else "")
         return count * each / among, how
 
-    gradient = 2.0 if deepspeed and reckon == 2.0 else kept
-    states = _states(trainer.optim, kept) + (4.0 if deepspeed and reckon == 2.0 else 0.0)
+    gradient = 2.0 if deepspeed and mixed else kept
+    states = 4.0 + _states(trainer.optim, 4.0) if deepspeed and mixed else _states(trainer.optim, kept)
     prompt = max_prompt or _PROMPT
     length = prompt + trainer.max_completion_length
     tokens = trainer.per_device_train_batch_size * length
-    layer = (8 * sizes.hidden + 2 * sizes.attention + 4 * sizes.intermediate) * reckon
+    flash = "flash" in (model.attn_implementation or "")
+    layer = _layer(sizes, wide, reckon, mask=0 if flash else length)
+    ends = _norm(sizes, wide) + sizes.hidden * wide  # the last norm and the head's input
     if trainer.activation_checkpointing:
-        active, how = tokens * (sizes.layers * sizes.hidden * reckon + layer), "checkpointed, one layer in full"
+        active, how = sizes.layers * sizes.hidden * wide + layer + ends, "checkpointed, one layer in full"
     else:
-        active, how = tokens * sizes.layers * layer, "of all layers"
+        active, how = sizes.layers * layer + ends, "of all layers"
     training = {
         "weights": part(sizes.total, held, by["weights"]),
         "gradients": part(sizes.trainable, gradient, by["gradients"]),
@@ -236,8 +249,14 @@ def estimate(sizes: Sizes, trainer: Any, model: Any, *, processes: int, split: s
         training["16-bit copies"] = (copies * reckon, f"of the weights, {where}")
     if by["weights"] > 1 and deepspeed:
         training["gathered"] = (sizes.total / sizes.layers * held, "weights of one layer")
-    training["activations"] = (active, f"{trainer.per_device_train_batch_size} x {length} tokens, {how}")
-    head = _TILE_TOKENS * min(_TILE_WIDTH, sizes.vocabulary) * 4.0 + sizes.head * 4.0
+    training["activations"] = (tokens * active, f"{trainer.per_device_train_batch_size} x {length} tokens, {how}")
+    passing = tokens * (2 * sizes.intermediate * reckon + 2 * sizes.hidden * wide)
+    training["their gradients"] = (passing, "of a part of a layer at a time")
+    # A GPU makes a tile in its full width whatever the vocabulary, and folds it in place.
+    tile = _TILE_WIDTH * reckon
+    if trainer.use_cpu:
+        tile = min(_TILE_WIDTH, sizes.vocabulary) * (reckon + 4.0 * _CPU_TILES)
+    head = min(tokens, _TILE_TOKENS) * tile + sizes.head * 4.0
     training["head"] = (head, "tiles of logits, gradient in float32")
     if trainer.beta:
         training["reference"] = (0.0, "adapters switched off") if model.use_peft else training["weights"]
@@ -245,13 +264,38 @@ def estimate(sizes: Sizes, trainer: Any, model: Any, *, processes: int, split: s
     if not trainer.use_vllm:
         answers = trainer.per_device_train_batch_size * trainer.steps_per_generation
         sampling["keys and values"] = (
-            answers * length * sizes.layers * sizes.cached * reckon,
+            answers * length * sizes.layers * sizes.cached * wide,
             f"{answers} x {length} tokens, all answers of a rollout batch at once",
         )
     elif trainer.vllm_mode == "colocate":
         own = sizes.total * 2.0 / trainer.vllm_tensor_parallel_size
         sampling["vLLM's weights"] = (own, f"16 bits, over {trainer.vllm_tensor_parallel_size} GPUs")
     return Estimate(training, sampling)
+
+
+def _norm(sizes: Sizes, wide: float) -> float:
+    """Bytes of a token that a norm keeps: its input in float32, and what it has normalized."""
+    return sizes.hidden * (4.0 + wide)
+
+
+def _layer(sizes: Sizes, wide: float, reckon: float, *, mask: int) -> float:
+    """Bytes of a token that a layer keeps for its gradients.
+
+    Args:
+        sizes: Of the model.
+        wide: Bytes of a number of the residual stream.
+        reckon: Bytes of a number that is multiplied by weights.
+        mask: Tokens that the mask of a padded batch has for each token; 0 for attention without one.
+    """
+    # Inputs of the products with weights: autocast makes a copy for each of q, k, v, gate and up.
+    inputs = 5 * reckon if reckon < wide else 2 * reckon
+    found = 2 * _norm(sizes, wide) + sizes.hidden * inputs
+    keys = sizes.cached / 2
+    if sizes.normed:
+        found += (sizes.queries + keys) * (4.0 + reckon)
+    # Queries and what attention returns; keys and values, repeated for all heads where there is a mask.
+    found += 2 * sizes.queries * reckon + 2 * (sizes.queries if mask else keys) * reckon
+    return found + mask * reckon + 4 * sizes.intermediate * reckon
 
 
 # What is split over all processes, by what splits.

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ctpo.train._memory import Sizes, estimate, offline, sizes_of, splitting
 from ctpo.train._options import Options, Plan, RunConfig, accelerate_settings
 
-__all__ = ["Loaded", "load_training_problems", "not_held_out", "plan_text", "processes_of", "stand_in"]
+__all__ = [
+    "Loaded",
+    "load_training_problems",
+    "missing_packages",
+    "not_held_out",
+    "plan_text",
+    "processes_of",
+    "stand_in",
+]
 
 # Positions at which the window is shown.
 _POSITIONS = (1, 100, 1000, 8000)
 _PROMPT_LINES = 14
+_GYM = "reasoning-gym:"
 # Columns of the names of settings.
 _MARGIN = 32
 
@@ -65,6 +74,9 @@ def load_training_problems(
     missing: dict[str, str] = {}
     for source in sources:
         distant = source.startswith("hub:")
+        if cached and source.startswith(_GYM) and importlib.util.find_spec("reasoning_gym") is None:
+            missing[source] = "needs reasoning-gym, which is not here"
+            continue
         try:
             with offline() if cached and distant else contextlib.nullcontext():
                 found = load_problems(
@@ -78,11 +90,37 @@ def load_training_problems(
         except DataError as error:
             if not (cached and distant and error.row is None):
                 raise
-            missing[source] = str(error)
+            missing[source] = "not in the cache: the run downloads it"
             continue
         counts[source] = len(found)
         problems += found
     return Loaded(problems, counts, missing)
+
+
+def missing_packages(plan: Plan) -> dict[str, str]:
+    """Packages that options need and that are not here, by option."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    run, trainer, model = plan.run, plan.trainer, plan.model
+    split = splitting(accelerate_settings(run.accelerate_config))
+    needed = {
+        "use_vllm": ("vllm", trainer.use_vllm),
+        "eval_backend vllm": ("vllm", run.eval_backend == "vllm" and run.eval_data),
+        "use_liger_kernel": ("liger-kernel", trainer.use_liger_kernel),
+        "load_in_4bit": ("bitsandbytes", model.load_in_4bit),
+        "load_in_8bit": ("bitsandbytes", model.load_in_8bit),
+        "deepspeed": ("deepspeed", plan.options.given.get("deepspeed")),
+        f"accelerate_config {run.accelerate_config}": ("deepspeed", split.startswith("zero")),
+    }
+    for source in (*run.data, *(run.eval_data or ())):
+        needed[f"data {source.partition('?')[0]}"] = ("reasoning-gym", source.startswith(_GYM))
+    known = get_available_reporting_integrations()
+    missing = {
+        option: package
+        for option, (package, asked) in needed.items()
+        if asked and importlib.util.find_spec(package.replace("-", "_")) is None
+    }
+    return missing | {f"report_to {name}": name for name in trainer.report_to if name not in (*known, "none", "all")}
 
 
 def not_held_out(problems: Sequence[Any], held_out: Sequence[Any]) -> list[Any]:
@@ -242,8 +280,8 @@ def _data(
     for title, part in (("train", loaded), ("evaluate", measured)):
         for source, count in part.counts.items():
             lines += _field(f"{title}:", [f"{source}, {count} problems"], width, 12)
-        for source in part.missing:
-            lines += _field(f"{title}:", [f"{source}, not in the cache: the run downloads it"], width, 12)
+        for source, why in part.missing.items():
+            lines += _field(f"{title}:", [f"{source}, {why}"], width, 12)
     if left_out:
         lines += _field("left out:", [f"{left_out} of the problems to train on, which eval_data has, too"], width, 12)
     if not measured.counts and not measured.missing:
@@ -253,7 +291,8 @@ def _data(
     problems, what = loaded.problems, "The first prompt"
     if not problems:
         first = next(iter(loaded.missing))
-        lines += _field("", [f"(ctpo data show {first} --rows 1 downloads it and shows it)"], width, 12)
+        if not first.startswith(_GYM):
+            lines += _field("", [f"(ctpo data show {first} --rows 1 downloads it and shows it)"], width, 12)
         problems = load_training_problems(plan.run, ["arithmetic?size=1"], 1).problems
         what = "A prompt made up here, as an example"
     problem = problems[0]
@@ -484,9 +523,9 @@ def _ages(trainer: Any, problems: int | None) -> str:
     if not trainer.needs_old_logps:
         return ", the policy is the one that sampled"
     last, divides = oldest_update(trainer, problems), _uses(trainer) % trainer.gradient_accumulation_steps == 0
+    average, most = ("", "") if divides else (" on average", "at most ")
     again = f", each answer in {trainer.num_iterations} of them" if trainer.num_iterations > 1 else ""
-    most = "" if divides else "on average"
-    return f"{' ' * bool(most)}{most}{again}; the last one is {'' if divides else 'up to '}{last} update{'s' * (last != 1)} old"
+    return f"{average}{again}; the last one is {most}{last} update{'s' * (last != 1)} old"
 
 
 def _cautions(plan: Plan, sizes: Sizes | None, loaded: Loaded, processes: int, longest: int | None) -> list[str]:
@@ -497,12 +536,8 @@ def _cautions(plan: Plan, sizes: Sizes | None, loaded: Loaded, processes: int, l
         found.append(
             f"the data has {len(loaded.problems)} problems, a rollout batch needs {prompts}: nothing would be trained"
         )
-    if trainer.use_vllm and find_spec("vllm") is None:
-        found.append("use_vllm: vLLM is not installed here")
-    if run.eval_backend == "vllm" and find_spec("vllm") is None:
-        found.append("eval_backend vllm: vLLM is not installed here")
-    if splitting(accelerate_settings(run.accelerate_config)).startswith("zero") and find_spec("deepspeed") is None:
-        found.append(f"accelerate_config {run.accelerate_config}: DeepSpeed is not installed here")
+    for option, package in missing_packages(plan).items():
+        found.append(f"{option} needs the package {package}, which is not here: pip install {package}")
     if not trainer.use_cpu:
         import torch
 
