@@ -110,7 +110,7 @@ def _what_is_missing(error: ImportError) -> str:
     if not name:
         return " ".join(str(error).split())  # raised by hand: it says what it needs
     needs = f"needs {name}" if isinstance(error, ModuleNotFoundError) else str(error)
-    package = name.replace("_", "-") if name in _ON_REQUEST else '"ctpo[train]"'
+    package = name.replace("_", "-") if name in _ON_REQUEST else '".[train]" in the clone of ctpo'
     return f"{needs}: pip install {package}"
 
 
@@ -471,6 +471,9 @@ def _load(options: argparse.Namespace) -> dict[str, Any]:
     for option, value in chosen.items():
         if value is not None:
             raise ValueError(f"{option} is for traces of `ctpo train` (a directory or .parquet), got {path}")
+    if not os.path.exists(path):
+        hint = "" if path.endswith(".npz") else ", so no traces: `ctpo train` writes them with --log_ratio_traces N"
+        raise ValueError(f"{path}: no such file or directory{hint}")
     with open(path, "rb") as stream:
         if not zipfile.is_zipfile(stream):
             raise ValueError(f"FILE must be an .npz file, as numpy.savez writes it; got {path}")

@@ -886,7 +886,7 @@ def _arviz_array_stats() -> Any:
     try:
         return importlib.import_module("arviz_stats.base").array_stats
     except ImportError as error:
-        message = 'the Pareto k estimate needs arviz-stats; install it with: pip install "ctpo[diagnostics]"'
+        message = "the Pareto k estimate needs arviz-stats; install it with: pip install scipy arviz-stats"
         raise ImportError(message) from error
 
 
@@ -1192,7 +1192,7 @@ def _extreme_finding(
 ) -> Finding:
     """Finding on the first bucket in which a column is beyond its limit, else on the bucket nearest to it."""
     if column not in table:  # pareto_k, the only column that needs another package
-        text = f'{text} is not computed: it needs arviz-stats; pip install "ctpo[diagnostics]".'
+        text = f"{text} is not computed: it needs arviz-stats; pip install scipy arviz-stats."
         return Finding(name, False, math.nan, math.nan, text)
     values = np.where(table["n_sequences"] < _MIN_UNITS, np.nan, table.get(column, np.nan))
     signed = values if worst_is_high else -values

@@ -363,7 +363,8 @@ def test_diagnose_refuses_files_that_are_not_as_described(run, recorded, tmp_pat
     (tmp_path / "text.npz").write_text("logp")
     for name in ("array.npy", "text.npz"):
         assert "FILE must be an .npz file" in complaint(name)
-    assert "No such file" in complaint("nowhere.npz")
+    assert complaint("nowhere.npz").endswith("nowhere.npz: no such file or directory\n")
+    assert "no such file or directory, so no traces: `ctpo train` writes them" in complaint("out/traces")
     assert "has no traces" in complaint("")
     assert "--steps is for traces of `ctpo train`" in complaint("advantages.npz", "--steps", "1", "2")
 

@@ -144,12 +144,15 @@ def test_data_show(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ModuleNotFoundError("No module named 'trl.x'", name="trl.x"), 'needs trl: pip install "ctpo[train]"'),
+        (
+            ModuleNotFoundError("No module named 'trl.x'", name="trl.x"),
+            'needs trl: pip install ".[train]" in the clone of ctpo',
+        ),
         (ModuleNotFoundError("No module named 'vllm'", name="vllm"), "needs vllm: pip install vllm"),
         (ModuleNotFoundError("", name="liger_kernel.ops"), "needs liger_kernel: pip install liger-kernel"),
         (
             ImportError("cannot import name 'a' from 'trl'", name="trl"),
-            "cannot import name 'a' from 'trl'" + ': pip install "ctpo[train]"',
+            "cannot import name 'a' from 'trl'" + ': pip install ".[train]" in the clone of ctpo',
         ),
         (ImportError("X needs\n  Y: pip install Y"), "X needs Y: pip install Y"),
     ],
@@ -174,6 +177,6 @@ def test_missing_package_and_interruption(capsys, monkeypatch):
 
     monkeypatch.setattr(data, "show_source", missing)
     assert main(["data", "show", "x.parquet"]) == 2
-    assert capsys.readouterr().err == 'ctpo data: needs pyarrow: pip install "ctpo[train]"\n'
+    assert capsys.readouterr().err == 'ctpo data: needs pyarrow: pip install ".[train]" in the clone of ctpo\n'
     monkeypatch.setattr(data, "show_source", interrupted)
     assert main(["data", "show", "x.parquet"]) == 130

@@ -946,7 +946,7 @@ def test_import_is_light_and_scipy_optional():
         "    try:\n"
         "        call()\n"
         "    except ImportError as error:\n"
-        "        assert 'pip install \"ctpo[diagnostics]\"' in str(error)\n"
+        "        assert 'pip install scipy arviz-stats' in str(error)\n"
         "    else:\n"
         "        raise AssertionError\n"
     )

@@ -108,7 +108,8 @@ def test_a_recipe_builds_a_trainer(name, model, tmp_path):
     plan = parse(words).plan()
     with ExitStack() as stack, run_module._calm():
         sandbox = run_module._sandbox(plan, stack)
-        trainer = run_module._trainer(plan, str(model), run_module._data(plan), lambda **_: [0.0], sandbox)
+        prepared = run_module._prepared(plan, str(model), run_module._data(plan))
+        trainer = run_module._trainer(plan, str(model), *prepared, lambda **_: [0.0], sandbox)
     assert isinstance(trainer.args, CTPOConfig)
     assert trainer.model.dtype == torch.float32
     assert len(trainer.train_dataset) == 1024

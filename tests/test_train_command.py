@@ -55,7 +55,7 @@ activation_checkpointing: false
 
 
 # Packages of some options, not here for the tests.
-OPTIONAL = ("vllm", "bitsandbytes", "liger_kernel", "deepspeed")
+OPTIONAL = ("vllm", "bitsandbytes", "liger_kernel", "deepspeed", "reasoning_gym")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,13 @@ def test_no_words_at_all(capsys):
         ("--max_steps", "--max_steps needs a value"),
         ("--estimator ctpp", "(did you mean 'ctpo'?)"),
         ("--clip_low -1", "low must be a positive finite number"),
-        ("--num_generations 3", "must be divisible by num_generations (3)"),
+        ("--num_generations 3", "divisible by num_generations (3): a rollout batch has per_device_train_batch_size x"),
+        ("--deepspeed x.json", "deepspeed needs the package deepspeed, which is not here: pip install deepspeed"),
+        (
+            "--data reasoning-gym:gcd?size=8",
+            "needs the package reasoning-gym, which is not here: pip install reasoning",
+        ),
+        ("--eval_data arithmetic?size=1&seed=9 --rewards train_rewards:nope", "'train_rewards' has no 'nope'"),
         ("--epsilon 0.1", "epsilon must not be set"),
         ("--rewards mat", "did you mean 'math'?"),
         ("--columns prompt", "columns must be FIELD=COLUMN"),
@@ -313,9 +319,25 @@ def test_plan_warns_of_what_makes_a_run_pointless(recipe):
     assert "Every importance ratio is 1" in cautions("--steps_per_generation", "1")
     assert "trains on every sample more than once" in " ".join(cautions("--num_iterations", "2").split())
     assert "nothing would be trained" in cautions("--limit", "3")
-    assert "vLLM is not installed" in cautions("--use_vllm")
+    assert "use_vllm needs the package vllm, which is not here: pip install vllm" in cautions("--use_vllm")
     assert "the model's context is 4096" in cautions("--max_completion_length", "4096")
     assert "this machine has" in cautions("--use_cpu", "false", "--num_processes", "64", "--steps_per_generation", "1")
+
+
+def test_plan_warns_of_packages_that_are_missing(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in OPTIONAL else found(name, *more)
+    )
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
+    words = ["--config", "smollm2", "--dry-run", "--deepspeed", "x.json"]
+    text = " ".join(run_module.train(words)[0].partition("\nWarnings\n")[2].split())
+    for option, package in (
+        ("report_to tensorboard", "tensorboard"),
+        ("deepspeed", "deepspeed"),
+        ("data reasoning-gym:gcd", "reasoning-gym"),
+    ):
+        assert f"! {option} needs the package {package}, which is not here: pip install {package}" in text
 
 
 def test_problems_of_the_evaluation_are_not_trained_on(recipe, capsys):
@@ -458,8 +480,17 @@ def test_a_run_leaves_model_evaluations_summary_and_card(finished):
         "| after |",
         "## Not verified",
         "max_steps: 4",
+        "logging_steps: 1\n",
+        "ctpo train --config tiny.yaml",
+        "is above 1.0513 / 1.6487 / 4.8",
+        "thread",
     ):
         assert part in card.text
+    [use] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    found = subprocess.run(
+        [sys.executable, "-c", use], cwd=output.parent, capture_output=True, text=True, env=environment()
+    )
+    assert found.returncode == 0, found.stderr
     assert str(output) not in str(card)
     reloaded = torch.load(output / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert reloaded.max_steps == 4
@@ -489,6 +520,8 @@ def test_other_settings_in_the_same_directory_are_refused(finished, capsys):
 
 def test_settings_may_change_until_there_is_something(recipe, tmp_path, capsys):
     assert "no such file" in error_of(capsys, "--config", recipe, "--model_name_or_path", "./nowhere")
+    assert not (tmp_path / "out").exists()
+    assert "leaves no problem" in error_of(capsys, "--config", recipe, "--max_prompt_tokens", "1")
     assert (tmp_path / "out" / "run.json").exists()
     assert main(["train", "--config", str(recipe), "--max_steps", "2", "--save_strategy", "no"]) == 0
     assert "updates       2 with 1 rollout batch" in capsys.readouterr().out
@@ -537,10 +570,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(recipe, tmp_path):
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.wait(timeout=60) == 130, "".join(lines) + rest
-    assert "saved in" in rest
+    assert rest.count("goes on from there") == 1
     assert rest.splitlines()[-1] == "the same command goes on from there"
     assert "Traceback" not in rest
-    [saved] = re.findall(r"saved in (\S+);", rest)
+    [saved] = re.findall(r"saved in (\S+)$", rest, re.MULTILINE)
     text, status = run_module.train(
         ["--config", str(recipe), "--max_steps", str(int(saved.rpartition("-")[2]) + 2), "--save_strategy", "no"]
     )
@@ -581,6 +614,38 @@ def test_launched_processes_save_and_end_when_the_terminal_or_the_command_is_gon
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] != []
 
 
+def test_a_killed_process_is_named(recipe, tmp_path):
+    words = ["--num_processes", "2", "--max_steps", "100000", "--per_device_train_batch_size", "2"]
+    command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), *words, "--save_strategy", "no"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    with process.stderr:
+        for line in process.stderr:
+            if line.startswith("step "):
+                break
+        [launcher] = psutil.Process(process.pid).children()
+        one = run_module._training_processes(launcher.pid)[1]
+        os.kill(one, signal.SIGKILL)
+        rest = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    lines = [line for line in rest.splitlines() if not line.startswith("step ")]
+    assert "Traceback" not in rest
+    assert re.match(r"ctpo train: process \d was killed by SIGKILL; .* the same command goes on", lines[-1])
+
+
+def test_ctrl_c_in_the_warm_up_says_so(tmp_path):
+    command = [sys.executable, "-m", "ctpo", "train", "--config", "toy", "--output_dir", str(tmp_path / "out")]
+    command += ["--eval_data", "arithmetic?size=8&seed=9"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    with process.stderr:
+        for line in process.stderr:
+            if line.startswith("warm-up: "):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert rest == "\nstopped by SIGINT; the warm-up begins again with the same command\n"
+
+
 def test_a_closed_terminal_saves(recipe, tmp_path):
     """Without a launcher; the terminal is a real one."""
     command = [sys.executable, "-m", "ctpo", "train", "--config", str(recipe), "--max_steps", "100000"]
@@ -609,21 +674,21 @@ def test_a_closed_terminal_saves(recipe, tmp_path):
 # ------------------------------------------------------------------------------------------------------ parts of a run
 
 
-@pytest.mark.parametrize("launcher", ["accelerate.commands.accelerate_cli", "torch.distributed.run"])
+@pytest.mark.parametrize("launcher", ["accelerate", "torch"])
 def test_launching_hands_all_words_on(recipe, monkeypatch, launcher):
     launched = []
     monkeypatch.setattr(run_module, "_watched", lambda command: launched.append(command) or 3)
     monkeypatch.setattr(run_module, "_check_packages", lambda plan: None)
     words = ["--config", str(recipe), "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
     words += ["--main_process_port", "29500", "--num_processes", "4", "--run_name", "a b"]
-    if launcher.startswith("accelerate"):
+    if launcher == "accelerate":
         words += ["--accelerate_config", "zero2"]
         expected = {"--num_processes=4", "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1"}
     else:
         expected = {"--nproc_per_node=2", "--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"}
     assert run_module.train(words) == ("", 3)
     command = launched[0]
-    assert command[2] == launcher
+    assert command[2:4] == ["ctpo.train._launcher", launcher]
     assert command[-len(words) :] == words
     assert command[-len(words) - 3 : -len(words)] == ["--module", "ctpo", "train"]
     assert expected <= set(command)
@@ -708,6 +773,11 @@ def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
     assert (found["reward_first"], found["reward_last"], found["reward_entries"]) == (0.5, 18.5, 2)
     assert (found["tokens"], found["tokens_per_second"], found["rollout_batches"]) == (190, 10.0, 5)
     assert "held-out" not in summary_text(found)
+    few = summarize(
+        history=history[:19], steps=19, updates_per_rollout=4.0, output_dir=tmp_path, evaluations={}, comparison=None
+    )
+    assert few["reward_first"] is None
+    assert "reward " not in summary_text(few)
 
 
 @pytest.mark.parametrize(
@@ -745,6 +815,21 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     assert [line.partition(",")[0] for line in lines] == ["step 1 of 3", "step 3 of 3"]
     assert "left" in lines[0]
     assert lines[1] == "step 3 of 3, reward 0.75, tokens 12"
+
+
+def test_rewards_that_are_all_alike_are_warned_of_once(caplog):
+    def warnings_of(*shares):
+        caplog.clear()
+        progress = Progress(every=3600.0)
+        for step, share in enumerate(shares):
+            state = SimpleNamespace(global_step=step, max_steps=99, is_world_process_zero=True)
+            progress.on_log(None, state, None, logs={"frac_reward_zero_std": share} if share is not None else {})
+        return [record.getMessage() for record in caplog.records]
+
+    [text] = warnings_of(1.0, None, 1.0, 1.0, None, *[1.0] * 20)
+    assert "nothing is learned" in text
+    assert warnings_of(*[1.0] * 4) == []
+    assert warnings_of(1.0, 1.0, 0.9, *[1.0] * 20) == []
 
 
 def test_progress_on_a_terminal_is_one_line(capsys, monkeypatch):

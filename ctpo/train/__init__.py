@@ -1,4 +1,4 @@
-"""Training of language models, and the world around it; `pip install "ctpo[train]"`.
+"""Training of language models, and the world around it; `pip install ".[train]"` in a clone.
 
 - `ctpo.train.config`, `ctpo.train.trainer`: TRL's GRPOTrainer with the estimators of `ctpo`.
 - `ctpo.train.run`: what `ctpo train` does, from a recipe to a model card; `ctpo.train.toy`: a model for a laptop.

@@ -149,7 +149,10 @@ class ResumableTrainer(GRPOTrainer):
         # The evaluation before the first step is not of a run that goes on.
         on_start = self.args.eval_on_start and path is None
         with _first_signal(self._catch), self._with(eval_on_start=on_start):
-            return super().train(None if path is None else str(path), *args, **options)
+            found = super().train(None if path is None else str(path), *args, **options)
+            if self.interrupted_by is None and self._is_to_stop():  # it came after the last step
+                self._say_where()
+            return found
 
     def _named(self, asked: str | bool | None) -> Path | None:
         """The checkpoint to go on from."""
@@ -387,11 +390,7 @@ class ResumableTrainer(GRPOTrainer):
     def _say_where(self) -> None:
         if self.interrupted_by is None or self.args.process_index != 0:
             return
-        place = (
-            "nothing was saved (save_strategy is 'no')"
-            if self._saved is None
-            else f"saved in {self._saved}; resume_from_checkpoint={self._saved} goes on from there"
-        )
+        place = "nothing was saved (save_strategy is 'no')" if self._saved is None else f"saved in {self._saved}"
         progress = f"step {self.state.global_step} of {self.state.max_steps}"
         print(f"stopped by {self.interrupted_by.name} after {progress}: {place}", file=sys.stderr)
 

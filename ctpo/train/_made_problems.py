@@ -168,7 +168,7 @@ def _gym_entries(task: str, options: Mapping[str, str]) -> Iterator[dict[str, An
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ImportError('needs reasoning-gym: pip install "ctpo[gym]"') from error
+        raise ImportError("needs reasoning-gym: pip install reasoning-gym") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, 3) or sorted(DATASETS)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if len(near) <= 3 else f"allowed are {', '.join(near)}"

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import os
 import re
@@ -239,6 +240,10 @@ class Options:
                 "data is missing: a file, a directory, hub:NAME, reasoning-gym:TASK or arithmetic?difficulty=2"
             )
         given = self._part(CTPOConfig)
+        if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+            if not self.dry_run:
+                raise ValueError("deepspeed needs the package deepspeed, which is not here: pip install deepspeed")
+            del given["deepspeed"]  # a plan can do without
         try:
             with _quiet():
                 trainer = CTPOConfig(**given) if world_size is None else _planned(CTPOConfig, given, world_size)
@@ -247,7 +252,13 @@ class Options:
                 raise ValueError(
                     "bf16: no GPU that computes in bfloat16 is here; on a processor: --use_cpu true --bf16 false"
                 ) from None
-            raise ValueError(" ".join(str(error).split())) from None
+            text = " ".join(str(error).split())
+            if "must be divisible by num_generations" in text:
+                text = (
+                    f"{text.rstrip('.')}: a rollout batch has per_device_train_batch_size x processes x "
+                    "steps_per_generation answers; change one of these or num_generations"
+                )
+            raise ValueError(text) from None
         return Plan(self, run, trainer, model)
 
     def _part(self, kind: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +16,10 @@ __all__ = ["Progress"]
 
 # Seconds between two lines of a log.
 _EVERY = 10.0
+# TRL's share of prompts whose answers have one reward, and how many rollouts without another make a warning.
+_ALIKE, _SEVERAL = "frac_reward_zero_std", 5
+
+_log = logging.getLogger(__name__)
 
 
 class Progress(TrainerCallback):
@@ -31,6 +36,7 @@ class Progress(TrainerCallback):
         self._begun = self._last = 0.0
         self._first_step = 0
         self._width = 0
+        self._alike: int | None = 0  # logged rollouts without a difference; None: no longer of interest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._begun = time.monotonic()
@@ -43,6 +49,7 @@ class Progress(TrainerCallback):
         self._logs.update(logs or {})
         if not state.is_world_process_zero or "train_runtime" in (logs or {}):
             return
+        self._look_at_rewards(logs or {})
         now = time.monotonic()
         if self._terminal or now - self._last >= self._every or state.global_step >= state.max_steps:
             self._last = now
@@ -52,6 +59,21 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and self._terminal and self._width:
             self._width = 0
             print(file=sys.stderr, flush=True)
+
+    def _look_at_rewards(self, logs: Mapping[str, Any]) -> None:
+        """Warn once where the answers to each prompt have all been rewarded alike from the first rollouts on."""
+        if self._alike is None or _ALIKE not in logs:
+            return
+        self._alike = self._alike + 1 if float(logs[_ALIKE]) == 1.0 else None
+        if self._alike == _SEVERAL:
+            self._alike = None
+            if self._terminal and self._width:
+                print(file=sys.stderr)
+                self._width = 0
+            _log.warning(
+                "in every rollout batch so far all answers to a prompt have had the same reward: nothing is learned "
+                "from them; look at the rewards, at how hard the data is, and at max_completion_length"
+            )
 
     def _text(self, state: Any) -> str:
         seconds, done = time.monotonic() - self._begun, state.global_step - self._first_step

@@ -521,8 +521,7 @@ class Rewards:
         for name in self._in_worker:
             module = BUILT_IN.get(name)
             if module and importlib.util.find_spec(module) is None:
-                extra = "gym" if name == "reasoning-gym" else "train"
-                raise ValueError(f'reward {name!r} needs {module}: pip install "ctpo[{extra}]"')
+                raise ValueError(f"reward {name!r} needs {module}: pip install {module.replace('_', '-')}")
         setup = {
             "path": [os.getcwd(), *(os.path.abspath(place) for place in sys.path)],
             "parts": self._in_worker,

@@ -107,13 +107,17 @@ def train(words: Sequence[str], *, width: int = 80) -> tuple[str, int]:
                 return _run(options, width), 0
         except _Finished as finished:
             return str(finished), 0
+        except KeyboardInterrupt:
+            _note("\nstopped by SIGINT; the same command goes on from there")
+            status = _INTERRUPTED
         except _Stopped as stopped:
-            if _OURS not in os.environ:
-                return "", stopped.status
-            # To a launcher any status but 0 is a failure, which it describes at length.
-            if _rank() == 0:
-                Path(os.environ[_OURS]).write_text(str(stopped.status), encoding="utf-8")
-            return "", 0
+            status = stopped.status
+        if _OURS not in os.environ:
+            return "", status
+        # To a launcher any status but 0 is a failure, which it describes at length.
+        if _rank() == 0:
+            Path(os.environ[_OURS]).write_text(str(status), encoding="utf-8")
+        return "", 0
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -151,13 +155,14 @@ def _launch(options: Options, words: Sequence[str]) -> int | None:
     _check(plan)
     if run.accelerate_config is None and options.given.get("use_cpu"):
         # Accelerate's launcher has processors on one machine by MPI only.
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // run.num_machines}"]
+        command = [sys.executable, "-m", "ctpo.train._launcher", "torch"]
+        command += [f"--nproc_per_node={processes // run.num_machines}"]
         command += [f"--nnodes={run.num_machines}", f"--node_rank={run.machine_rank}"]
         command += [] if run.main_process_ip is None else [f"--master_addr={run.main_process_ip}"]
         command += ["--standalone"] if run.num_machines == 1 else [f"--master_port={run.main_process_port}"]
     else:
         config = find_accelerate_config(run.accelerate_config or "multi_gpu")
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", f"--config_file={config}"]
+        command = [sys.executable, "-m", "ctpo.train._launcher", "accelerate", f"--config_file={config}"]
         command += [f"--num_processes={processes}", f"--num_machines={run.num_machines}"]
         command += [f"--machine_rank={run.machine_rank}"]
         command += [] if run.main_process_ip is None else [f"--main_process_ip={run.main_process_ip}"]
@@ -190,8 +195,6 @@ def _watched(command: Sequence[str]) -> int:
                 signal.signal(number, handler)
         if text := told.read():
             return int(text)
-    if status:
-        print(f"ctpo train: a process ended with status {status}, see above", file=sys.stderr)
     return status if 0 <= status < 256 else 1
 
 
@@ -267,46 +270,51 @@ def _training_processes(launcher: int) -> list[int]:
 
 def _check(plan: Plan) -> None:
     """Download what is needed and find mistakes, once, rather than in every process."""
-    from ctpo.train._plan import set_eos
-    from ctpo.train.generation import load_tokenizer
-    from ctpo.train.rewards import Rewards
-
     _check_packages(plan)
     _data(plan)
-    name = str(plan.model.model_name_or_path)
-    if name.partition("?")[0] != "toy":
-        set_eos(load_tokenizer(name), plan.run.eos_token)
-    Rewards(plan.run.rewards).close()
+    _check_names(plan)
 
 
 def _check_packages(plan: Plan) -> None:
     """Refuse an option whose package is not here, before anything has taken time."""
-    from importlib.util import find_spec
+    from ctpo.train._plan import missing_packages
 
-    from transformers.integrations import get_available_reporting_integrations
-
-    from ctpo.train._memory import splitting
-    from ctpo.train._options import accelerate_settings
-
-    run, trainer, model = plan.run, plan.trainer, plan.model
-    split = splitting(accelerate_settings(run.accelerate_config))
-    needed = {
-        "use_vllm": ("vllm", trainer.use_vllm),
-        "eval_backend vllm": ("vllm", run.eval_backend == "vllm" and run.eval_data),
-        "use_liger_kernel": ("liger-kernel", trainer.use_liger_kernel),
-        "load_in_4bit": ("bitsandbytes", model.load_in_4bit),
-        "load_in_8bit": ("bitsandbytes", model.load_in_8bit),
-        f"accelerate_config {run.accelerate_config}": ("deepspeed", split.startswith("zero")),
-    }
-    missing = {
-        option: package
-        for option, (package, asked) in needed.items()
-        if asked and find_spec(package.replace("-", "_")) is None
-    }
-    known = get_available_reporting_integrations()
-    missing |= {f"report_to {name}": name for name in trainer.report_to if name not in (*known, "none", "all")}
-    for option, package in missing.items():
+    for option, package in missing_packages(plan).items():
         raise ValueError(f"{option} needs the package {package}, which is not here: pip install {package}")
+
+
+def _check_names(plan: Plan) -> None:
+    """Whether there are such a model and such rewards."""
+    from ctpo.train.rewards import Rewards
+
+    name = str(plan.model.model_name_or_path)
+    if name.partition("?")[0] != "toy":
+        _tokenizer(plan, name)
+    Rewards(plan.run.rewards).close()
+
+
+def _tokenizer(plan: Plan, model: str) -> Any:
+    """The tokenizer of a model that can be trained."""
+    from huggingface_hub import constants
+
+    from ctpo.train._plan import set_eos
+    from ctpo.train.generation import load_tokenizer
+
+    path = Path(model).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {model!r} is a LoRA adapter; merge it into its base model (merge_and_unload), or give that"
+        )
+    try:
+        tokenizer = load_tokenizer(model)
+    except (ValueError, OSError) as error:
+        if path.exists() or not constants.HF_HUB_OFFLINE:
+            raise
+        raise ValueError(f"{error}; HF_HUB_OFFLINE is set, so that nothing is downloaded") from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"model {model!r}: its tokenizer has no chat template, which this training needs")
+    set_eos(tokenizer, plan.run.eos_token)
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -382,6 +390,8 @@ def _run(options: Options, width: int) -> str:
         with _first_decides():
             if first:
                 _check_packages(plan)
+                if not (output / SUMMARY).exists():
+                    _check_names(plan)
                 check_writable(output)
                 files = stack.enter_context(RunDirectory(output))
                 if (output / RUN).exists():
@@ -394,16 +404,27 @@ def _run(options: Options, width: int) -> str:
                     _refuse_foreign(output)
                 files.write_json(RUN, record)
         model = _initial_model(plan, output)
+        with _first_decides():
+            prepared = _prepared(plan, model, data) if first else None
+        tokenizer, problems = prepared or _prepared(plan, model, data)
         _evaluate(plan, model, "before")
-        history, steps = _train(plan, model, data)
+        _note(f"training with {there} process{'es' * (there != 1)}")
+        history, steps = _train(plan, model, tokenizer, problems)
         _evaluate(plan, str(output / MODEL), "after")
         if files is None:
             return ""
         summary = _summary(plan, history, steps)
-        text = card(plan, summary, record["versions"], record["machine"]["accelerator"] or "a processor")
+        text = card(plan, summary, record["versions"], _hardware(record["machine"]))
         files.write(f"{MODEL}/{CARD}", lambda file: file.write(text.encode()))
         files.write_json(SUMMARY, summary)
         return summary_text(summary, width=width)
+
+
+def _hardware(machine: Mapping[str, Any]) -> str:
+    if machine["accelerator"]:
+        return str(machine["accelerator"])
+    threads = int(machine["threads"])
+    return f"a processor ({machine['processor']}), {threads} thread{'s' * (threads != 1)} a process"
 
 
 def _rank() -> int:
@@ -564,7 +585,11 @@ def _initial_model(plan: Plan, output: Path) -> str:
 
             given = toy_options(name, seed=plan.trainer.seed)
             _note(f"making the toy model in {path}")
-            make_toy(path, **given, progress=_warm_up_progress())
+            try:
+                make_toy(path, **given, progress=_warm_up_progress())
+            except KeyboardInterrupt:
+                _note("\nstopped by SIGINT; the warm-up begins again with the same command")
+                raise _Stopped(_INTERRUPTED) from None
         else:
             _note(f"writing the weights of {name}, no longer quantized, to {path}")
             _dequantize(name, path)
@@ -657,7 +682,10 @@ def _evaluate(plan: Plan, model: str, when: str) -> None:
         if plan.trainer.world_size > 1 or plan.trainer.device.type != "cpu":
             _evaluate_apart(plan.options, model, when)
         else:
-            _evaluate_here(plan, model, when)
+            try:
+                _evaluate_here(plan, model, when)
+            except KeyboardInterrupt:
+                raise _Stopped(_INTERRUPTED) from None  # it has said so
     _wait()
 
 
@@ -763,8 +791,6 @@ def _evaluate_apart(options: Options, model: str, when: str) -> None:
         process.join()
         raise
     if process.exitcode:
-        if process.exitcode == _INTERRUPTED:
-            raise KeyboardInterrupt
         raise ValueError(f"the evaluation ended with status {process.exitcode}, see above")
 
 
@@ -780,6 +806,7 @@ def _apart(options: Options, model: str, when: str) -> None:
             parent.join()
             os.kill(os.getpid(), signal.SIGTERM)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's, which then ends this
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     status = 0
     with _calm():
@@ -788,15 +815,26 @@ def _apart(options: Options, model: str, when: str) -> None:
         except (ValueError, OSError) as error:
             print(f"ctpo train: {error}", file=sys.stderr)
             status = 2
-        except KeyboardInterrupt:
-            status = _INTERRUPTED
     sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def _train(plan: Plan, model: str, problems: list[Any]) -> tuple[list[dict[str, Any]], int]:
+def _prepared(plan: Plan, model: str, problems: list[Any]) -> tuple[Any, list[Any]]:
+    """The model's tokenizer, and the problems that are short enough."""
+    args, tokenizer = plan.trainer, _tokenizer(plan, model)
+    kept = _short_enough(plan, tokenizer, problems)
+    needed = args.generation_batch_size // args.num_generations
+    if len(kept) < needed:
+        raise ValueError(
+            f"data has {len(kept)} problems, a rollout batch needs {needed} prompts (generation_batch_size "
+            f"{args.generation_batch_size} / num_generations {args.num_generations}): add data or make it smaller"
+        )
+    return tokenizer, kept
+
+
+def _train(plan: Plan, model: str, tokenizer: Any, problems: list[Any]) -> tuple[list[dict[str, Any]], int]:
     """Train from the last checkpoint on; returns what was logged and the number of steps."""
     from ctpo.train._checkpoints import last_checkpoint
     from ctpo.train.rewards import Rewards
@@ -807,7 +845,7 @@ def _train(plan: Plan, model: str, problems: list[Any]) -> tuple[list[dict[str, 
         _log.warning("%s %s; it is left aside", path, reason)
     with contextlib.ExitStack() as stack:
         rewards = stack.enter_context(Rewards(plan.run.rewards))
-        trainer = _trainer(plan, model, problems, scored(rewards.as_trl()), _sandbox(plan, stack))
+        trainer = _trainer(plan, model, tokenizer, problems, scored(rewards.as_trl()), _sandbox(plan, stack))
         resumed = plan.trainer.resume_from_checkpoint or (None if checkpoint is None else str(checkpoint))
         if resumed:
             _note(f"going on from {resumed}")
@@ -836,39 +874,24 @@ def _train(plan: Plan, model: str, problems: list[Any]) -> tuple[list[dict[str, 
     return history, steps
 
 
-def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., list[float]], sandbox: Any) -> Any:
+def _trainer(
+    plan: Plan, model: str, tokenizer: Any, problems: list[Any], reward: Callable[..., list[float]], sandbox: Any
+) -> Any:
     from transformers import AutoConfig, PrinterCallback, ProgressCallback
     from transformers.utils import logging as transformers_logging
     from trl import get_peft_config, get_quantization_config
 
-    from ctpo.train._plan import set_eos
     from ctpo.train._progress import Progress
     from ctpo.train.data import to_dataset
-    from ctpo.train.generation import load_tokenizer
     from ctpo.train.trainer import CTPOTrainer
 
-    args, path = plan.trainer, Path(model).expanduser()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"model {model!r} is a LoRA adapter; merge it into its base model (merge_and_unload), or give that"
-        )
-    tokenizer = load_tokenizer(model)
+    args = plan.trainer
     args.model_init_kwargs = {
         "revision": plan.model.model_revision,
         "dtype": plan.model.dtype,
         "attn_implementation": plan.model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    if tokenizer.chat_template is None:
-        raise ValueError(f"model {model!r}: its tokenizer has no chat template, which this training needs")
-    set_eos(tokenizer, plan.run.eos_token)
-    kept = _short_enough(plan, tokenizer, problems)
-    needed = args.generation_batch_size // args.num_generations
-    if len(kept) < needed:
-        raise ValueError(
-            f"data has {len(kept)} problems, a rollout batch needs {needed} prompts (generation_batch_size "
-            f"{args.generation_batch_size} / num_generations {args.num_generations}): add data or make it smaller"
-        )
     args.disable_tqdm = True
     try:
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
@@ -879,7 +902,7 @@ def _trainer(plan: Plan, model: str, problems: list[Any], reward: Callable[..., 
             model,
             reward_funcs=[reward],
             args=args,
-            train_dataset=to_dataset(kept),
+            train_dataset=to_dataset(problems),
             processing_class=tokenizer,
             quantization_config=get_quantization_config(plan.model),
             peft_config=get_peft_config(plan.model),
@@ -917,6 +940,8 @@ def _clear(error: Exception, plan: Plan, output: Path, what: str = "") -> Except
             "steps_per_generation as much larger, or use activation_checkpointing, LoRA (use_peft) or more processes; "
             "ctpo train --dry-run estimates the memory"
         )
+    if type(error).__name__ == "DistBackendError" or "Connection closed by peer" in text or "reset by peer" in text:
+        return OSError("the connection to another process is lost: it has ended")
     if _from_the_network(error):
         whom = "push_to_hub: the Hub" if plan.trainer.push_to_hub else f"{before}a server"
         return OSError(f"{whom} cannot be reached or refuses: {text}")
@@ -952,6 +977,7 @@ def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int) -> di
         history=history,
         steps=steps,
         updates_per_rollout=plan.trainer.updates_per_rollout,
+        processes=plan.trainer.world_size,
         output_dir=Path(plan.trainer.output_dir),
         evaluations={when: read_json(folder / "results.json") for when, folder in finished.items()},
         comparison=compare(*finished.values()) if len(finished) == 2 else None,
