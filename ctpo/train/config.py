@@ -379,7 +379,7 @@ class CTPOConfig(GRPOConfig):
 
     @property
     def updates_per_rollout(self) -> float:
-        """Optimizer steps that are made with one rollout batch."""
+        """Optimizer steps that are made with one rollout batch; on average, where that is no whole number."""
         return int(self.steps_per_generation) * self.num_iterations / self.gradient_accumulation_steps
 
     @property
