@@ -82,7 +82,7 @@ def config(case: Case, directory: Path, size: int) -> CTPOConfig:
         logging_steps=1,
         num_generations=GROUP,
         max_completion_length=LONGEST,
-        noise_floor_sequences=rows,  # all of the first micro-batch
+        noise_floor_sequences=rows * SPLITS,  # all of the rollout batch
         **defaults | case.options,
     )
 
@@ -137,8 +137,8 @@ class Trainer(CTPOTrainer):
 
     mistake = ""
 
-    def _scored(self, batch: dict[str, Any]) -> torch.Tensor:
-        found = super()._scored(batch)
+    def _scored(self, batch: dict[str, Any], model: Any = None) -> torch.Tensor:
+        found = super()._scored(batch, model)
         if len(found) > 1:
             return found
         # Scored alone, each token is off by its own amount.
