@@ -25,16 +25,12 @@ import torch
 import torch.distributed as dist
 import trl.trainer.grpo_trainer as trl_module
 from datasets import Dataset
-from tiny_models import random_qwen3
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import FusedCausalLMOutput
+from trl_harness import VOCABULARY, tiny_model, word_tokenizer
 
 from ctpo.train.config import CTPOConfig
 from ctpo.train.trainer import CTPOTrainer
 
-VOCABULARY = ("<pad>", "<eos>", *"abcdefgh")
 RANKS, ROWS, SPLITS, GROUP = 2, 3, 4, 8  # 24 rows a rollout; the second of its three groups lies on both ranks
 PROMPTS = [" ".join(f"{i:03o}".translate(str.maketrans("01234567", "abcdefgh"))) for i in range(30)]
 LONGEST = 40
@@ -177,20 +173,7 @@ def ordered(orders: Sequence[Order] | None) -> Iterator[Order]:
 
 def trainer_of(case: Case, directory: Path, size: int) -> Trainer:
     """A trainer at the start."""
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
-    )
-    model = random_qwen3(
-        dtype=case.dtype,
-        vocab_size=len(VOCABULARY),
-        hidden_size=8,
-        intermediate_size=8,
-        head_dim=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
+    model = tiny_model(case.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         trainer = Trainer(
@@ -198,7 +181,7 @@ def trainer_of(case: Case, directory: Path, size: int) -> Trainer:
             reward_funcs=reward,
             args=config(case, directory, size),
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            processing_class=tokenizer,
+            processing_class=word_tokenizer(),
             rollout_func=Rollouts(),
         )
     trainer.mistake = case.mistake

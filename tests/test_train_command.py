@@ -717,14 +717,6 @@ def test_what_ends_the_first_of_several_processes_is_said_once(tmp_path, capsys)
     assert capsys.readouterr().err == "ctpo train: among others\n"
 
 
-def test_what_is_scored_is_what_follows_the_last_output_of_the_tool():
-    seen = []
-    function = run_module.scored(lambda prompts, completions, **columns: seen.append((completions, columns)) or [1.0])
-    assert function(["p"], ["c"], ground_truth=["4"]) == [1.0]
-    assert function(["p"], ["c"], rollout_answer=["a"], ground_truth=["4"]) == [1.0]
-    assert seen == [(["c"], {"ground_truth": ["4"]}), (["a"], {"ground_truth": ["4"]})]
-
-
 def test_what_a_gguf_file_holds_is_written_as_a_model_that_can_be_trained(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_harness import VOCABULARY, config_on_cpu, tiny_model
+from trl_harness import config_on_cpu, tiny_model, word_tokenizer
 
 from ctpo.train._checkpoints import ResumableTrainer
 from ctpo.train.config import CTPOConfig
@@ -53,11 +51,7 @@ def tiny_trainer(
         "disable_tqdm": True,
     }
     elsewhere = {name: options.pop(name) for name in ("eval_dataset", "model", "peft_config") if name in options}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
+    tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     rows = [f"{first} {second}" for first in "abcd" for second in "efgh"][:prompts]
     with quiet():

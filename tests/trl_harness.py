@@ -36,10 +36,10 @@ class Result(NamedTuple):
     metrics: dict[str, Any]
 
 
-def tiny_model() -> Qwen3ForCausalLM:
-    """The same float64 model at every call."""
+def tiny_model(dtype: torch.dtype = torch.float64) -> Qwen3ForCausalLM:
+    """The same model at every call."""
     return random_qwen3(
-        dtype=torch.float64,
+        dtype=dtype,
         vocab_size=len(VOCABULARY),
         hidden_size=8,
         intermediate_size=8,
@@ -47,6 +47,15 @@ def tiny_model() -> Qwen3ForCausalLM:
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=1,
+    )
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """That of `tiny_model`: a token for every word."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     )
 
 
@@ -60,11 +69,6 @@ def config_on_cpu(directory: str | Path, kind: type[Config] = GRPOConfig, **opti
 @functools.cache
 def trainer(**options: Any) -> GRPOTrainer:
     """The trainer of a `GRPOConfig` with these options, ready for its first gradient step."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
     defaults = {"max_completion_length": 16, "per_device_train_batch_size": 2}
     config = config_on_cpu(tempfile.gettempdir(), **defaults | options)  # nothing is saved
     made = GRPOTrainer(
@@ -72,7 +76,7 @@ def trainer(**options: Any) -> GRPOTrainer:
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     made.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # what the training loop sets
     return made

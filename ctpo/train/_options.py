@@ -29,6 +29,7 @@ __all__ = [
     "all_options_text",
     "find_accelerate_config",
     "help_text",
+    "is_toy",
     "parse",
     "recipe_names",
     "to_yaml",
@@ -309,6 +310,11 @@ def _quiet() -> Iterator[None]:
 
 def _folder(*parts: str) -> Any:
     return resources.files("ctpo.train").joinpath("recipes", *parts)
+
+
+def is_toy(name: str) -> bool:
+    """Whether a model's name stands for the toy, which the run makes: "toy", or "toy?" and options."""
+    return name.partition("?")[0] == "toy"
 
 
 def recipe_names() -> list[str]:

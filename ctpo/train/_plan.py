@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo.train._memory import Sizes, estimate, offline, sizes_of, splitting
-from ctpo.train._options import Options, Plan, RunConfig, accelerate_settings
+from ctpo.train._options import Options, Plan, RunConfig, accelerate_settings, is_toy
 
 __all__ = [
     "Loaded",
@@ -139,7 +139,7 @@ def not_held_out(problems: Sequence[Any], held_out: Sequence[Any]) -> list[Any]:
 @contextlib.contextmanager
 def stand_in(name: str) -> Iterator[str]:
     """The model's name, or for the toy a directory with a model of its sizes and its tokenizer, not warmed up."""
-    if name.partition("?")[0] != "toy":
+    if not is_toy(name):
         yield name
         return
     from ctpo.train.toy import make_toy, toy_options
@@ -394,7 +394,7 @@ def _model(plan: Plan, sizes: Sizes | None, width: int) -> list[str]:
         kind += f", computed in {'bfloat16' if plan.trainer.bf16 else 'float16'}"
     lines += _field("parameters:", [f"{_million(sizes.total)}, trained: {share}"], width, 12)
     lines += _field("precision:", [kind], width, 12)
-    origin = sizes.origin if not name.startswith("toy") else "what the run would make"
+    origin = sizes.origin if not is_toy(name) else "what the run would make"
     return [*lines, *_field("sizes:", [f"from {origin}"], width, 12)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo.train._drawing import duration
-from ctpo.train._options import to_yaml
+from ctpo.train._options import is_toy, to_yaml
 
 __all__ = ["card", "summarize", "summary_text"]
 
@@ -167,7 +167,7 @@ def card(plan: Any, summary: Mapping[str, Any], versions: Mapping[str, str], dev
                 metric_value=round(after["mean"], 4),
             )
         ]
-    on_hub = name.partition("?")[0] != "toy" and not Path(name).expanduser().exists()
+    on_hub = not is_toy(name) and not Path(name).expanduser().exists()
     data = ModelCardData(
         base_model=name if on_hub else None,
         datasets=[one.removeprefix("hub:").partition("@")[0].partition("?")[0] for one in run.data if "hub:" in one]

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ctpo.train._options import Options, Plan, RunConfig, find_accelerate_config, parse
+from ctpo.train._options import Options, Plan, RunConfig, find_accelerate_config, is_toy, parse
 
 if TYPE_CHECKING:
     from ctpo.train.generation import Backend
@@ -288,7 +288,7 @@ def _check_names(plan: Plan) -> None:
     from ctpo.train.rewards import Rewards
 
     name = str(plan.model.model_name_or_path)
-    if name.partition("?")[0] != "toy":
+    if not is_toy(name):
         _tokenizer(plan, name)
     Rewards(plan.run.rewards).close()
 
@@ -489,7 +489,7 @@ def _record(plan: Plan, data: Sequence[Any]) -> dict[str, Any]:
     for part in (plan.run, plan.model, plan.trainer):
         settings |= {own.name: getattr(part, own.name) for own in dataclasses.fields(part)}
     name = str(plan.model.model_name_or_path)
-    fingerprint = None if name.partition("?")[0] == "toy" else describe_model(name)["fingerprint"]
+    fingerprint = None if is_toy(name) else describe_model(name)["fingerprint"]
     found: dict[str, Any] = plain(
         {
             "format": _FORMAT,
@@ -570,7 +570,7 @@ def _refuse_foreign(output: Path) -> None:
 def _initial_model(plan: Plan, output: Path) -> str:
     """The model's name, or the directory of one that is made here: the toy, or what a .gguf file holds."""
     name = str(plan.model.model_name_or_path)
-    toy = name.partition("?")[0] == "toy"
+    toy = is_toy(name)
     if not toy and not Path(name).expanduser().is_file():
         return name
     if toy and plan.trainer.use_cpu:
@@ -845,7 +845,7 @@ def _train(plan: Plan, model: str, tokenizer: Any, problems: list[Any]) -> tuple
         _log.warning("%s %s; it is left aside", path, reason)
     with contextlib.ExitStack() as stack:
         rewards = stack.enter_context(Rewards(plan.run.rewards))
-        trainer = _trainer(plan, model, tokenizer, problems, scored(rewards.as_trl()), _sandbox(plan, stack))
+        trainer = _trainer(plan, model, tokenizer, problems, rewards.as_trl(), _sandbox(plan, stack))
         resumed = plan.trainer.resume_from_checkpoint or (None if checkpoint is None else str(checkpoint))
         if resumed:
             _note(f"going on from {resumed}")
@@ -918,15 +918,6 @@ def _trainer(
     trainer.callback_handler.callbacks.insert(0, Progress())
     trainer.create_model_card = lambda *_, **__: None  # TRL's, at every checkpoint; ours comes at the end
     return trainer
-
-
-def scored(function: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    """A reward function of TRL that scores what the model wrote after the last output of its tool."""
-
-    def total(prompts: Any, completions: Any, rollout_answer: Any = None, **columns: Any) -> list[float]:
-        return function(prompts, completions if rollout_answer is None else rollout_answer, **columns)
-
-    return total
 
 
 def _clear(error: Exception, plan: Plan, output: Path, what: str = "") -> Exception:
