@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL = @echo "installing into .venv, a minute or more" && $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test train test-verl figures studies report bench bench-verl check clean
+.PHONY: verify test proofs train test-verl figures studies report bench bench-verl check clean
 
 ## Check every claim, print the table, draw the figures (results/).
 verify: .venv/simulations.installed
@@ -13,6 +13,10 @@ verify: .venv/simulations.installed
 ## Run all tests on all cores.
 test: .venv/test.installed
 	$(RUN) -m pytest -n auto
+
+## Check the machine's proofs and print what each theorem rests on (needs Coq; says which packages are missing).
+proofs:
+	$(PYTHON) -m proofs
 
 ## Train a small model from nothing to use a Python tool, on a CPU: warm-up, reinforcement learning, evaluation.
 train: .venv/train.installed
@@ -82,3 +86,4 @@ check: .venv/dev.installed
 
 clean:
 	rm -rf .venv .venv-verl build dist results ctpo.egg-info
+	cd proofs/rocq && rm -f *.vo* *.glob .*.aux *Makefile.coq* .Makefile.coq.d .lia.cache

@@ -7,6 +7,7 @@ must answer that it is closed: mathcomp's ssreflect and algebra need no axiom, a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -207,10 +208,10 @@ def compile_files(folder: Path = ROCQ, *, jobs: int | None = None) -> None:
     Raises:
         ProofError: With what Rocq said.
     """
-    with tempfile.TemporaryDirectory() as work:
-        makefile = Path(work) / "Makefile"
-        _run(["coq_makefile", "-f", "_CoqProject", "-o", str(makefile)], folder)
-        _run(["make", "--no-print-directory", f"-j{jobs or os.cpu_count() or 1}", "-f", str(makefile)], folder)
+    with (folder / "_CoqProject").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at a time would write the same files
+        _run(["coq_makefile", "-f", "_CoqProject", "-o", "Makefile.coq"], folder)
+        _run(["make", "--no-print-directory", f"-j{jobs or os.cpu_count() or 1}", "-f", "Makefile.coq"], folder)
 
 
 def assumptions(stated: Sequence[Theorem], folder: Path = ROCQ) -> dict[str, str]:
