@@ -1,0 +1,260 @@
+(* The policy gradient, which ratio makes it unbiased under another policy, and what the other ratios estimate.
+
+   First the softmax, whose score is its derivative, and the policy-gradient theorem: the first-order coefficient of the
+   objective, a polynomial in the step eps, is E_p[(sum_t g_t) R], and for a score g every term may be centered by what
+   is known before its token. Then claim 3: the cumulative ratio with the target policy's advantage has that gradient as
+   its expectation under b (3.prop1), the token ratio has another one (3.token, 3.surrogate), and the length-normalized
+   ratio is an expectation under a policy between b and pi (3.gspo). Last, what of the paper's Table 1 is a theorem. *)
+
+From mathcomp Require Import all_ssreflect all_algebra.
+From mathcomp Require Import ring.
+From ctpo Require Import Trees Gradients.
+
+Set Implicit Arguments.
+Unset Strict Implicit.
+Unset Printing Implicit Defensive.
+
+Import Order.Theory GRing.Theory Num.Theory.
+Local Open Scope ring_scope.
+
+(* --- the softmax ----------------------------------------------------------------------------------------------------- *)
+
+Section Softmax.
+
+Variables (R : realFieldType) (A : finType) (K : eqType) (key : seq A -> K).
+Implicit Types (v : K -> A -> R) (p : policy R A) (s : seq A) (k : K) (a : A) (eps : R).
+
+(* The probabilities of a softmax: v k a > 0 is the exponential of the logit of token a in block k. *)
+Definition softmax v s a : R := v (key s) a / \sum_(x : A) v (key s) x.
+
+(* The weights after the logit of token a' in block k has moved by log(1 + eps), that is by eps to first order. *)
+Definition bump v k a' eps : K -> A -> R := fun j x => v j x * (1 + eps * ((j == k) && (x == a'))%:R).
+
+(* The softmax score has mean 0 at every history, for any policy. *)
+Lemma softmax_score_is_score p k a' : is_score p (softmax_score p key k a').
+Proof.
+move=> s; rewrite /next /softmax_score.
+transitivity ((key s == k)%:R * (\sum_a p s a * (a == a')%:R - (\sum_a p s a) * p s a')).
+  by rewrite big_distrl -sumrB big_distrr; apply: eq_bigr => a _ /=; ring.
+rewrite prob_sum1 mul1r (bigD1 a') //= eqxx mulr1 big1 => [|a /negbTE ->]; last by rewrite mulr0.
+by rewrite addr0 subrr mulr0.
+Qed.
+
+(* The score is the derivative: moving one logit by log(1 + eps) moves the probability of token a by eps times
+   p(a) times its score, up to an exact remainder, eps^2 times a fraction whose denominator is positive. *)
+Lemma softmax_derivative v p k a' eps s a :
+  (forall j x, 0 < v j x) -> (forall t x, p t x = softmax v t x) -> 0 < 1 + eps ->
+  softmax (bump v k a' eps) s a - p s a - eps * (p s a * softmax_score p key k a' s a) =
+    - eps ^+ 2 * ((key s == k)%:R * (p s a * p s a' * ((a == a')%:R - p s a') / (1 + eps * p s a'))).
+Proof.
+move=> v_gt0 p_soft eps_gt; rewrite /softmax_score /softmax /bump; case: (key s == k) => /=; last first.
+  have -> : \sum_x v (key s) x * (1 + eps * 0%:R) = \sum_x v (key s) x.
+    by apply: eq_bigr => x _; rewrite mulr0 addr0 mulr1.
+  by rewrite (p_soft s a) /softmax; ring.
+set S := \sum_x v (key s) x.
+have S_gt0 : 0 < S.
+  by rewrite /S (bigD1 a') //= ltr_paddr // sumr_ge0 // => x _; apply: ltW.
+have S' : \sum_x v (key s) x * (1 + eps * (x == a')%:R) = S * (1 + eps * p s a').
+  transitivity (S + \sum_x v (key s) x * (eps * (x == a')%:R)).
+    by rewrite -big_split; apply: eq_bigr => x _ /=; rewrite mulrDr mulr1.
+  rewrite (bigD1 a') //= eqxx big1 => [|x /negbTE ->]; last by rewrite !mulr0.
+  rewrite mulr1 addr0 p_soft /softmax -/S; field.
+  exact: lt0r_neq0.
+have q_ge0 : 0 <= p s a' by exact: prob_ge0.
+have q_le1 : p s a' <= 1.
+  rewrite -(prob_sum1 p s) (bigD1 a') //= ler_addl sumr_ge0 // => x _; exact: prob_ge0.
+have D_gt0 : 0 < 1 + eps * p s a'.
+  have -> : 1 + eps * p s a' = (1 - p s a') + (1 + eps) * p s a' by ring.
+  have [-> | q_neq0] := eqVneq (p s a') 0; first by rewrite mulr0 addr0 subr0 ltr01.
+  have q_gt0 : 0 < p s a' by rewrite lt_def q_neq0.
+  by apply: ltr_paddl; rewrite ?subr_ge0 // mulr_gt0.
+rewrite S' (p_soft s a) /softmax -/S; field.
+by rewrite !lt0r_neq0.
+Qed.
+
+(* The fraction is bounded: for eps >= -1/2 it is at most 2. *)
+Lemma softmax_remainder p k a' eps s a : - 2%:R^-1 <= eps ->
+  `| (key s == k)%:R * (p s a * p s a' * ((a == a')%:R - p s a') / (1 + eps * p s a')) | <= 2%:R.
+Proof.
+move=> eps_ge; have prob_le1 x : p s x <= 1.
+  rewrite -(prob_sum1 p s) (bigD1 x) //= ler_addl sumr_ge0 // => y _; exact: prob_ge0.
+have D_ge : 2%:R^-1 <= 1 + eps * p s a'.
+  rewrite -subr_ge0; have -> : 1 + eps * p s a' - 2%:R^-1 =
+    2%:R^-1 * (1 - p s a') + (eps + 2%:R^-1) * p s a' by field.
+  by rewrite addr_ge0 // mulr_ge0 ?invr_ge0 ?ler0n ?subr_ge0 ?prob_le1 ?prob_ge0 // -ler_subl_addr sub0r.
+have D_gt0 : 0 < 1 + eps * p s a' by apply: lt_le_trans D_ge; rewrite invr_gt0 ltr0n.
+have score_le1 : `|(a == a')%:R - p s a'| <= 1.
+  rewrite ler_norml; case: (a == a') => /=.
+    rewrite ler_subr_addr ler_subl_addr ler_addl prob_ge0 andbT.
+    by apply: le_trans (prob_le1 a'); rewrite ger_addr oppr_le0 ler01.
+  by rewrite sub0r ler_opp2 prob_le1 (le_trans _ ler01) // oppr_le0 prob_ge0.
+rewrite !normrM normfV [`|1 + _|]gtr0_norm // !(ger0_norm (prob_ge0 _ _ _)).
+have -> : `|(key s == k)%:R| = (key s == k)%:R :> R by case: eqP => _; rewrite ?normr0 ?normr1.
+have le1 (x y : R) : 0 <= x <= 1 -> 0 <= y <= 2%:R -> 0 <= x * y <= 2%:R.
+  move=> /andP[x0 x1] /andP[y0 y2]; rewrite mulr_ge0 //=.
+  by apply: le_trans y2; rewrite ler_pimull.
+have inv_le2 : 0 <= (1 + eps * p s a')^-1 <= 2%:R.
+  rewrite invr_ge0 ltW //= -[X in _ <= X]invrK lef_pinv //; by rewrite posrE invr_gt0 ltr0n.
+suff /andP[] : 0 <= (key s == k)%:R * (p s a * p s a' * `|(a == a')%:R - p s a'| / (1 + eps * p s a')) <= 2%:R.
+  by [].
+apply: (le1); first by case: eqP; rewrite ?lexx ?ler01.
+by rewrite -!mulrA; do 2![apply: (le1); first by rewrite prob_ge0 prob_le1]; apply: (le1); rewrite // normr_ge0.
+Qed.
+
+End Softmax.
+
+(* --- conditional expectations ---------------------------------------------------------------------------------------- *)
+
+Section Conditioning.
+
+Variables (R : comRingType) (A : finType) (p : seq A -> A -> R).
+Implicit Types (f g : seq A -> A -> R) (X Y : seq A -> R).
+
+(* What is known after t tokens comes out of the conditional expectation of the rest. *)
+Lemma E_condition H t X Y : (t <= H)%N ->
+  E p H [::] (fun w => X (take t w) * Y w) = E p t [::] (fun s => X s * E p (H - t) s Y).
+Proof.
+move=> le_tH; rewrite (E_split _ _ le_tH); apply: eq_E => s /= sz_s.
+by rewrite -(E_known p (H - t) s X Y) sz_s.
+Qed.
+
+(* The last of t + 1 tokens. *)
+Lemma E_last t X : E p t.+1 [::] X = E p t [::] (fun s => next p s (fun a => X (rcons s a))).
+Proof. by rewrite -addn1 E_tower. Qed.
+
+(* A function of token t + 1 times anything: condition on that token. *)
+Lemma E_step H t f Y : (t < H)%N ->
+  E p H [::] (fun w => step f t w * Y w) =
+    E p t [::] (fun s => next p s (fun a => f s a * E p (H - t.+1) (rcons s a) Y)).
+Proof.
+move=> lt_tH; transitivity (E p H [::] (fun w => step f t (take t.+1 w) * Y w)).
+  by apply: eq_E => w _ /=; rewrite step_take.
+rewrite E_condition // E_last; apply: eq_E => s /= sz_s.
+by apply: eq_bigr => a _; rewrite -sz_s step_rcons.
+Qed.
+
+(* Two functions of token t + 1. *)
+Lemma step_mul f g t w : step f t w * step g t w = step (fun s a => f s a * g s a) t w.
+Proof. by rewrite /step; case: (drop t w) => [|a _]; rewrite ?mulr0. Qed.
+
+End Conditioning.
+
+Section ConditioningUnderPolicy.
+
+Variables (R : realFieldType) (A : finType) (p : policy R A).
+Implicit Types (f : seq A -> A -> R) (X : seq A -> R).
+
+(* A function of token t + 1, and of the tokens before it. *)
+Lemma E_step_known H t f X : (t < H)%N ->
+  E p H [::] (fun w => step f t w * X (take t w)) = E p t [::] (fun s => next p s (f s) * X s).
+Proof.
+move=> lt_tH; rewrite E_step //; apply: eq_E => s /= sz_s.
+rewrite /next big_distrl; apply: eq_bigr => a _ /=; rewrite -mulrA; congr (_ * (_ * _)).
+rewrite -[RHS](E_const p (H - t.+1) (rcons s a)); apply: eq_E => u _.
+by rewrite cat_rcons -sz_s take_size_cat.
+Qed.
+
+(* Terms with mean 0 given the past stay so when multiplied by what is known: no baseline changes an expectation. *)
+Lemma E_centered H t f X : (t < H)%N -> (forall s, size s = t -> next p s (f s) = 0) ->
+  E p H [::] (fun w => step f t w * X (take t w)) = 0.
+Proof.
+move=> lt_tH f0; rewrite E_step_known // -[RHS](E0 p t [::]); apply: eq_E => s sz_s.
+by rewrite /= f0 // mul0r.
+Qed.
+
+End ConditioningUnderPolicy.
+
+(* --- the policy-gradient theorem ------------------------------------------------------------------------------------- *)
+
+Section PolicyGradient.
+
+Variables (R : realFieldType) (A : finType) (p : policy R A) (g : seq A -> A -> R).
+Implicit Types (s w : seq A) (X : seq A -> {poly R}).
+
+Lemma coef0M (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
+Proof. by rewrite coefM big_ord_recr big_ord0 /= add0r. Qed.
+
+Lemma coef1M (P Q : {poly R}) : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
+Proof. by rewrite coefM !big_ord_recr big_ord0 /= add0r. Qed.
+
+Lemma coef0_moved s a : (moved p g s a)`_0 = p s a.
+Proof. by rewrite coefD coefC coefZ coefX mulr0 addr0. Qed.
+
+Lemma coef1_moved s a : (moved p g s a)`_1 = p s a * g s a.
+Proof. by rewrite coefD coefC coefZ coefX mulr1 add0r. Qed.
+
+(* Expectations of polynomials: the value at eps = 0, and the derivative by the product rule along the string. *)
+Lemma coef0_E n s X : (E (moved p g) n s X)`_0 = E p n s (fun w => (X w)`_0).
+Proof.
+elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _.
+by rewrite coef0M IHn coef0_moved.
+Qed.
+
+Lemma coef1_E n s X :
+  (E (moved p g) n s X)`_1 = E p n s (fun w => (X w)`_1 + (path_sum g w - path_sum g s) * (X w)`_0).
+Proof.
+elim: n s => [|n IHn] s /=; first by rewrite subrr mul0r addr0.
+rewrite coef_sum; apply: eq_bigr => a _.
+rewrite coef1M IHn coef0_E coef0_moved coef1_moved -mulrA -mulrDr; congr (_ * _).
+rewrite -E_scale -E_add; apply: eq_E => u _; rewrite path_sum_rcons /=; ring.
+Qed.
+
+(* The policy-gradient theorem, for every direction g: the derivative of J is E_p[(sum_t g_t) R]. *)
+Lemma policy_gradient H reward : gradient p g H reward = E p H [::] (fun w => path_sum g w * reward w).
+Proof.
+rewrite /gradient coef1_E; apply: eq_E => w _.
+by rewrite /= !coefC /= path_sum_nil subr0 add0r.
+Qed.
+
+Lemma policy_gradient_steps H reward :
+  gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * reward w).
+Proof.
+rewrite policy_gradient -E_sum; apply: eq_E => w /= sz_w.
+by rewrite /path_sum sz_w big_distrl.
+Qed.
+
+(* The reward of the string may be replaced by its conditional expectation, the action value (any g). *)
+Lemma E_step_action_value H t reward : (t < H)%N ->
+  E p H [::] (fun w => step g t w * reward w) =
+    E p H [::] (fun w => step g t w * step (action_value H reward p) t w).
+Proof.
+move=> lt_tH; transitivity (E p t [::] (fun s => next p s (fun a => g s a * action_value H reward p s a))).
+  rewrite E_step //; apply: eq_E => s /= sz_s; apply: eq_bigr => a _.
+  by rewrite /action_value /value size_rcons sz_s.
+transitivity (E p H [::] (fun w => step (fun s a => g s a * action_value H reward p s a) t w * 1)).
+  rewrite (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _ /=.
+  by rewrite mulr1.
+by apply: eq_E => w _; rewrite mulr1 step_mul.
+Qed.
+
+Lemma policy_gradient_action_value H reward :
+  gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * step (action_value H reward p) t w).
+Proof. by rewrite policy_gradient_steps; apply: eq_bigr => t _; apply: E_step_action_value. Qed.
+
+(* For a score, what is known before the token may be subtracted: causality. *)
+Hypothesis score : is_score p g.
+
+Lemma E_baseline H t (B : seq A -> R) Y : (t < H)%N ->
+  E p H [::] (fun w => step g t w * (Y w - B (take t w))) = E p H [::] (fun w => step g t w * Y w).
+Proof.
+move=> lt_tH; rewrite -[RHS]subr0 -(E_centered B lt_tH (fun s _ => score s)) -E_sub.
+by apply: eq_E => w _; rewrite mulrBr.
+Qed.
+
+Lemma policy_gradient_baseline H reward (B : nat -> seq A -> R) :
+  gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * (reward w - B t (take t w))).
+Proof. by rewrite policy_gradient_steps; apply: eq_bigr => t _; rewrite E_baseline. Qed.
+
+Lemma step_advantage H reward t w : (t < size w)%N ->
+  step (advantage H reward p) t w = step (action_value H reward p) t w - value H reward p (take t w).
+Proof. by rewrite /step -subn_gt0 -size_drop; case: (drop t w). Qed.
+
+Lemma policy_gradient_advantage H reward :
+  gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * step (advantage H reward p) t w).
+Proof.
+rewrite policy_gradient_action_value; apply: eq_bigr => t _.
+rewrite -(E_baseline (value H reward p)) //; apply: eq_E => w /= sz_w.
+by rewrite step_advantage ?sz_w.
+Qed.
+
+End PolicyGradient.
