@@ -258,3 +258,143 @@ by rewrite step_advantage ?sz_w.
 Qed.
 
 End PolicyGradient.
+
+(* --- claim 3.prop1: the cumulative ratio ------------------------------------------------------------------------------ *)
+
+Section CumulativeRatio.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A).
+Hypothesis AC : absolutely_continuous b pi.
+Implicit Types (f g : seq A -> A -> R) (X : seq A -> R).
+
+(* Once every factor up to token m is there, later factors of the ratio do not matter. *)
+Lemma E_rho H m n X : (m <= n <= H)%N ->
+  E b H [::] (fun w => rho b pi (take n w) * X (take m w)) = E pi H [::] (fun w => X (take m w)).
+Proof.
+move=> /andP[le_mn le_nH].
+transitivity (E b H [::] (fun w => (fun s => rho b pi s * X (take m s)) (take n w))).
+  by apply: eq_E => w _ /=; rewrite take_take.
+rewrite (E_prefix b (fun s => rho b pi s * X (take m s)) le_nH) change_of_measure ?reachable_nil //.
+rewrite rho_nil mul1r -(E_prefix pi _ le_nH).
+by apply: eq_E => w _ /=; rewrite take_take.
+Qed.
+
+Lemma E_rho_step H t n f : (t < n <= H)%N ->
+  E b H [::] (fun w => rho b pi (take n w) * step f t w) = E pi H [::] (step f t).
+Proof.
+move=> lt_tnH; have := E_rho (step f t) lt_tnH.
+rewrite (eq_E _ (Y := fun w => rho b pi (take n w) * step f t w)) => [->|w _]; last by rewrite /= step_take.
+by apply: eq_E => w _ /=; rewrite step_take.
+Qed.
+
+(* Prop 1: E_b[rho_t f] = E_pi[f] for every function f of the first t tokens; g_t A_t is one, whatever A_t does with
+   those tokens. Change of measure on the first t tokens; the rest of the string sums to 1. *)
+Theorem claim_3_prop1 H t X : (t <= H)%N ->
+  E b H [::] (fun w => rho b pi (take t w) * X (take t w)) = E pi H [::] (fun w => X (take t w)).
+Proof. by move=> le_tH; rewrite E_rho ?leqnn. Qed.
+
+(* The lookahead ratio reaches N tokens beyond the one that it weighs: N = 0 is the cumulative ratio, N >= H - 1 the
+   sequence ratio rho_H. *)
+Definition reach H N t : nat := minn (t.+1 + N) H.
+
+Lemma lt_reach H N t : (t < H)%N -> (t < reach H N t <= H)%N.
+Proof. by move=> lt_tH; rewrite geq_minr andbT leq_min lt_tH ltnS leq_addr. Qed.
+
+(* T1.grid, A^pi: every weight that has all factors up to its own token, the cumulative, a lookahead, the sequence ratio,
+   gives the policy gradient. *)
+Theorem claim_T1_grid_target_advantage H N reward g : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w =>
+    rho b pi (take (reach H N t) w) * (step g t w * step (advantage H reward pi) t w)) = gradient pi g H reward.
+Proof.
+move=> score; rewrite policy_gradient_advantage //; apply: eq_bigr => t _.
+rewrite -[RHS](eq_E _ (fun w _ => esym (step_mul _ _ _ _))) -(E_rho_step _ (lt_reach N (ltn_ord t))).
+by apply: eq_E => w _; rewrite step_mul.
+Qed.
+
+(* T1.grid, outcome reward: a weight that reaches to the end gives it for the reward itself, whatever the reward. *)
+Theorem claim_T1_grid_outcome H N reward g : (H <= N.+1)%N ->
+  \sum_(t < H) E b H [::] (fun w => rho b pi (take (reach H N t) w) * (step g t w * reward w)) =
+    gradient pi g H reward.
+Proof.
+move=> le_HN; rewrite policy_gradient_steps; apply: eq_bigr => t _.
+have -> : reach H N t = H by apply/minn_idPr; apply: leq_trans le_HN _; rewrite addSn ltnS leq_addl.
+rewrite -[RHS]mul1r -(rho_nil b pi) -change_of_measure ?reachable_nil //.
+by apply: eq_E => w /= sz_w; rewrite [take H w]take_oversize ?sz_w.
+Qed.
+
+(* Prop 1, summed: with the exact advantage of the target policy the cumulative ratio gives the policy gradient. *)
+Theorem claim_3_prop1_gradient H reward g : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w =>
+    rho b pi (take t.+1 w) * (step g t w * step (advantage H reward pi) t w)) = gradient pi g H reward.
+Proof.
+move=> score; rewrite -(claim_T1_grid_target_advantage H 0 _ score); apply: eq_bigr => t _.
+by rewrite /reach addn0 (minn_idPl _).
+Qed.
+
+(* The same with Q^pi, minus any baseline that is known before the token. *)
+Theorem claim_3_prop1_action_value H reward g (B : nat -> seq A -> R) : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w =>
+    rho b pi (take t.+1 w) * (step g t w * (step (action_value H reward pi) t w - B t (take t w)))) =
+    gradient pi g H reward.
+Proof.
+move=> score; rewrite policy_gradient_action_value; apply: eq_bigr => t _.
+rewrite -(E_baseline score (B t)) //.
+pose f s a := g s a * (action_value H reward pi s a - B t s).
+have eqf w : size w = H -> step g t w * (step (action_value H reward pi) t w - B t (take t w)) = step f t w.
+  move=> sz_w; have := ltn_ord t; rewrite -[X in (_ < X)%N]sz_w -subn_gt0 -size_drop /step.
+  by case: (drop t w).
+rewrite -[RHS](eq_E _ (fun w sz_w => esym (eqf w sz_w))) -(@E_rho_step H t t.+1) ?leqnn ?ltn_ord //.
+by apply: eq_E => w sz_w; rewrite /= eqf.
+Qed.
+
+(* --- T1: the sequence ratio, and the order of the variances ---------------------------------------------------------- *)
+
+(* T1, bias: the cumulative ratio with A^pi has none (3.prop1), nor has the sequence ratio. *)
+Theorem claim_T1_sequence H reward g : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w => rho b pi w * (step g t w * step (advantage H reward pi) t w)) =
+    gradient pi g H reward.
+Proof.
+move=> score; rewrite -(claim_T1_grid_target_advantage H H _ score); apply: eq_bigr => t _.
+have -> : reach H H t = H by apply/minn_idPr; rewrite leq_addl.
+by apply: eq_E => w /= sz_w; rewrite [take H w]take_oversize ?sz_w.
+Qed.
+
+(* Given the first t tokens rho_H^2 is rho_t^2 at least: its conditional mean is rho_t. *)
+Lemma rho_sqr_le H t s : (t <= H)%N -> size s = t -> reachable b s ->
+  rho b pi s ^+ 2 <= E b (H - t) s (fun w => rho b pi w ^+ 2).
+Proof.
+move=> le_tH sz_s reach_s; have := Var_ge0 b (H - t) s (rho b pi); rewrite /Var subr_ge0.
+suff -> : E b (H - t) s (rho b pi) = rho b pi s by [].
+rewrite -[RHS]mulr1 -[X in _ * X](E_const pi (H - t) s) -change_of_measure //.
+by apply: eq_E => w _; rewrite mulr1.
+Qed.
+
+Lemma E_rho_sqr_le H t X : (t <= H)%N -> (forall s, 0 <= X s) ->
+  E b H [::] (fun w => rho b pi (take t w) ^+ 2 * X (take t w)) <=
+    E b H [::] (fun w => rho b pi w ^+ 2 * X (take t w)).
+Proof.
+move=> le_tH X_ge0; rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * X s) le_tH).
+rewrite [X in _ <= X](eq_E _ (Y := fun w => X (take t w) * rho b pi w ^+ 2)) => [|w _]; last by rewrite mulrC.
+rewrite E_condition // -subr_ge0 -E_sub.
+rewrite (eq_E_reachable (b := b) (Y := fun s => `|X s * (E b (H - t) s (fun w => rho b pi w ^+ 2) - rho b pi s ^+ 2)|)).
+- by apply: E_ge0 => s; apply: normr_ge0.
+- exact: reachable_nil.
+move=> s /= sz_s reach_s; rewrite ger0_norm; first by rewrite mulrBr [X in _ - X]mulrC.
+by rewrite mulr_ge0 // subr_ge0 rho_sqr_le.
+Qed.
+
+(* T1, variance of one token's term: the cumulative ratio's is no larger than the sequence ratio's. *)
+Theorem claim_T1_variance_term H t X : (t <= H)%N ->
+  Var b H [::] (fun w => rho b pi (take t w) * X (take t w)) <= Var b H [::] (fun w => rho b pi w * X (take t w)).
+Proof.
+move=> le_tH; rewrite /Var claim_3_prop1 //.
+have -> : E b H [::] (fun w => rho b pi w * X (take t w)) = E pi H [::] (fun w => X (take t w)).
+  rewrite -(@E_rho H t H) ?le_tH ?leqnn //; apply: eq_E => w /= sz_w.
+  by rewrite [take H w]take_oversize ?sz_w.
+rewrite ler_add2r.
+rewrite (eq_E _ (Y := fun w => rho b pi (take t w) ^+ 2 * X (take t w) ^+ 2)) => [|w _]; last by rewrite exprMn.
+rewrite [X in _ <= X](eq_E _ (Y := fun w => rho b pi w ^+ 2 * X (take t w) ^+ 2)) => [|w _]; last by rewrite exprMn.
+by apply: (E_rho_sqr_le (X := fun s => X s ^+ 2)) => // s; apply: sqr_ge0.
+Qed.
+
+End CumulativeRatio.
