@@ -1,0 +1,209 @@
+(* The variance of a summed gradient.
+
+   Token t + 1 contributes the vector f_t, a function of the tokens up to and including it: its advantage times its
+   score. The two estimators are Y = sum_t rho_{t+1} f_t, each term with the cumulative ratio of its prefix, and
+   Z = rho_H sum_t f_t, with the ratio of the sequence. Both have the same mean. Here: what Var Z - Var Y is; that the
+   total variance of Y is the smaller one when the terms of different tokens are orthogonal; that Z can have variance 0;
+   and the slope of Var Z - Var Y where the target leaves the behavior policy. *)
+
+From mathcomp Require Import all_ssreflect all_algebra.
+From mathcomp Require Import ring.
+From ctpo Require Import Trees Gradients.
+
+Set Implicit Arguments.
+Unset Strict Implicit.
+Unset Printing Implicit Defensive.
+
+Import Order.Theory GRing.Theory Num.Theory.
+Local Open Scope ring_scope.
+
+(* --- the two estimators ---------------------------------------------------------------------------------------------- *)
+
+Section Estimators.
+
+Variables (S : comRingType) (A : finType).
+Implicit Types (f : seq A -> A -> S) (rho w : seq A).
+
+(* Y = sum_t rho_{t+1} f_t and Z = rho_H sum_t f_t, for weights rho of strings. *)
+Definition prefix_weighted (rho : seq A -> S) f w : S := \sum_(t < size w) rho (take t.+1 w) * step f t w.
+Definition sequence_weighted (rho : seq A -> S) f w : S := rho w * path_sum f w.
+
+(* All that the identity needs of the weights: they are a martingale, E[rho_H X] = E[rho_t X] for X known at t. *)
+Variables (p : seq A -> A -> S) (H : nat) (rho : seq A -> S).
+Hypothesis martingale : forall t (X : seq A -> S), (t <= H)%N ->
+  E p H [::] (fun w => rho w * X (take t w)) = E p H [::] (fun w => rho (take t w) * X (take t w)).
+
+Lemma prefix_weightedE f w : size w = H ->
+  prefix_weighted rho f w = \sum_(t < H) rho (take t.+1 w) * step f t (take t.+1 w).
+Proof.
+move=> sz_w; rewrite /prefix_weighted sz_w.
+by apply: eq_bigr => t _; rewrite step_take.
+Qed.
+
+Lemma sequence_weightedE f w : size w = H -> sequence_weighted rho f w = \sum_(t < H) rho w * step f t (take t.+1 w).
+Proof.
+move=> sz_w; rewrite /sequence_weighted /path_sum sz_w big_distrr /=.
+by apply: eq_bigr => t _; rewrite step_take.
+Qed.
+
+(* Z and Y have the same mean, term by term. *)
+Lemma same_mean f : E p H [::] (sequence_weighted rho f) = E p H [::] (prefix_weighted rho f).
+Proof.
+transitivity (E p H [::] (fun w => \sum_(t < H) rho w * step f t (take t.+1 w))).
+  by apply: eq_E => w sz_w; rewrite sequence_weightedE.
+transitivity (E p H [::] (fun w => \sum_(t < H) rho (take t.+1 w) * step f t (take t.+1 w))); last first.
+  by apply: eq_E => w sz_w; rewrite prefix_weightedE.
+by rewrite !E_sum; apply: eq_bigr => t _; rewrite (martingale (step f t)).
+Qed.
+
+(* So the difference of the variances is that of the second moments, whose squares are double sums. *)
+Lemma Var_difference f :
+  Var p H [::] (sequence_weighted rho f) - Var p H [::] (prefix_weighted rho f) =
+  \sum_(s < H) \sum_(t < H)
+    E p H [::] (fun w => (rho w ^+ 2 - rho (take s.+1 w) * rho (take t.+1 w)) * (step f s w * step f t w)).
+Proof.
+rewrite /Var same_mean opprB addrA addrNK -E_sub.
+under [RHS]eq_bigr => s _ do rewrite -E_sum.
+rewrite -E_sum; apply: eq_E => w /= sz_w.
+rewrite sequence_weightedE // prefix_weightedE // !expr2 !big_distrlr -sumrB /=.
+apply: eq_bigr => s _; rewrite -sumrB; apply: eq_bigr => t _.
+by rewrite !step_take //; ring.
+Qed.
+
+End Estimators.
+
+(* --- the identity ---------------------------------------------------------------------------------------------------- *)
+
+Section Identity.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat).
+Hypothesis AC : absolutely_continuous b pi.
+
+(* The terms have coordinates in any finite set I of parameters: f i s a is coordinate i of f at token a after s. *)
+Variables (I : finType) (f : I -> seq A -> A -> R).
+
+Let Y i := prefix_weighted (rho b pi) (f i).
+Let Z i := sequence_weighted (rho b pi) (f i).
+
+(* f_s . f_t, along a string. *)
+Definition dot (s t : nat) w : R := \sum_(i : I) step (f i) s w * step (f i) t w.
+
+Lemma rho_martingale t (X : seq A -> R) : (t <= H)%N ->
+  E b H [::] (fun w => rho b pi w * X (take t w)) = E b H [::] (fun w => rho b pi (take t w) * X (take t w)).
+Proof.
+move=> le_tH; have nilP := reachable_nil b.
+rewrite (change_of_measure AC) // E_prefix // -(change_of_measure AC) //.
+by rewrite (E_prefix b (fun s => rho b pi s * X s) le_tH).
+Qed.
+
+(* Both estimators have the mean E_pi [sum_t f_t]; with the advantages of pi that is its gradient. *)
+Theorem claim_5_identity_mean i :
+  E b H [::] (Z i) = E pi H [::] (path_sum (f i)) /\ E b H [::] (Y i) = E pi H [::] (path_sum (f i)).
+Proof.
+rewrite /Y -same_mean; last exact: rho_martingale.
+by rewrite /Z /sequence_weighted (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
+Qed.
+
+(* Var Z - Var Y = sum_{s, t} E_b [(rho_H^2 - rho_{s+1} rho_{t+1}) f_s . f_t], the variances summed over coordinates:
+   the means are equal, and the squares of Z and Y are double sums. *)
+Theorem claim_5_identity :
+  trace_var b H [::] Z - trace_var b H [::] Y =
+  \sum_(s < H) \sum_(t < H)
+    E b H [::] (fun w => (rho b pi w ^+ 2 - rho b pi (take s.+1 w) * rho b pi (take t.+1 w)) * dot s t w).
+Proof.
+rewrite /trace_var -sumrB.
+under eq_bigr => i _ do rewrite (Var_difference rho_martingale).
+rewrite exchange_big; apply: eq_bigr => s _; rewrite exchange_big; apply: eq_bigr => t _ /=.
+rewrite -E_sum; apply: eq_E => w _.
+by rewrite /dot big_distrr.
+Qed.
+
+(* The weight of a pair s = t never lowers it: E_b [(rho_H^2 - rho_t^2) X] = E_b [(rho_H - rho_t)^2 X] >= 0 for any
+   X >= 0 known at t, as E_b [rho_H rho_t X] = E_b [rho_t^2 X]. *)
+Theorem claim_5_identity_same_token t (X : seq A -> R) : (t <= H)%N -> (forall w, 0 <= X w) ->
+  0 <= E b H [::] (fun w => (rho b pi w ^+ 2 - rho b pi (take t w) ^+ 2) * X (take t w)).
+Proof.
+move=> le_tH X_ge0.
+pose V w := (rho b pi w - rho b pi (take t w)) ^+ 2 * X (take t w).
+suff -> : E b H [::] (fun w => (rho b pi w ^+ 2 - rho b pi (take t w) ^+ 2) * X (take t w)) = E b H [::] V.
+  by apply: E_ge0 => w; rewrite mulr_ge0 ?sqr_ge0.
+pose U w := rho b pi (take t w) * X (take t w).
+have zero : E b H [::] (fun w => rho b pi w * U w) = E b H [::] (fun w => rho b pi (take t w) * U w).
+  have eqU : forall w, U w = (fun s => rho b pi s * X s) (take t w) by [].
+  exact: (rho_martingale (fun s => rho b pi s * X s) le_tH).
+apply/eqP; rewrite -subr_eq0 -E_sub; apply/eqP.
+transitivity (E b H [::] (fun w => 2%:R * (rho b pi w * U w - rho b pi (take t w) * U w))).
+  by apply: eq_E => w _; rewrite /V /U; ring.
+by rewrite E_scale E_sub zero subrr mulr0.
+Qed.
+
+(* --- orthogonal terms ------------------------------------------------------------------------------------------------ *)
+
+(* If f_s . f_t = 0 for s != t on every string that b can write, only the pairs s = t are left, and the total variance of
+   the prefix-weighted gradient is the smaller one. *)
+Theorem claim_5_orthogonal :
+  (forall s t w, size w = H -> reachable b w -> (s < H)%N -> (t < H)%N -> s != t -> dot s t w = 0) ->
+  trace_var b H [::] Y <= trace_var b H [::] Z.
+Proof.
+move=> orthogonal; rewrite -subr_ge0 claim_5_identity.
+apply: sumr_ge0 => s _; apply: sumr_ge0 => t _.
+have [eq_st | ne_st] := eqVneq s t; last first.
+  rewrite (@eq_E_reachable _ _ b _ _ _ (fun=> 0)) ?E0 ?reachable_nil // => w sz_w reach.
+  by rewrite orthogonal // mulr0.
+rewrite {}eq_st.
+have /(claim_5_identity_same_token (ltn_ord t)) : forall w, 0 <= dot t t w.
+  by move=> w; apply: sumr_ge0 => i _; rewrite -expr2 sqr_ge0.
+rewrite (@eq_E _ _ _ _ _ _ (fun w => (rho b pi w ^+ 2 - rho b pi (take t.+1 w) * rho b pi (take t.+1 w)) * dot t t w)) //.
+move=> w _; rewrite -expr2; congr (_ * _).
+by apply: eq_bigr => i _; rewrite !step_take.
+Qed.
+
+End Identity.
+
+(* --- tabular softmax policies ---------------------------------------------------------------------------------------- *)
+
+Section Tabular.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat) (adv : seq A -> A -> R).
+Hypothesis AC : absolutely_continuous b pi.
+
+(* f_t = A_t g_t with the score of a softmax whose logits are in blocks K, one for each token of the alphabet. *)
+Definition softmax_term (K : finType) (key : seq A -> K) (i : K * A) s a : R :=
+  adv s a * softmax_score pi key i.1 i.2 s a.
+
+(* The order of the total variances holds for any advantage of the prefix and its token when histories of different
+   lengths use different blocks of logits, as then no two tokens of a string share a parameter. *)
+Theorem claim_5_orthogonal_tabular (K : finType) (key : seq A -> K) :
+  (forall u v, (size u < H)%N -> (size v < H)%N -> key u = key v -> size u = size v) ->
+  trace_var b H [::] (fun i => prefix_weighted (rho b pi) (softmax_term key i)) <=
+  trace_var b H [::] (fun i => sequence_weighted (rho b pi) (softmax_term key i)).
+Proof.
+move=> key_size; apply: (claim_5_orthogonal AC) => s t w sz_w _ lt_s lt_t ne_st.
+apply: big1 => -[k a'] _; rewrite /softmax_term /softmax_score /step /=.
+case: (drop s w) => [|a v]; first by rewrite mul0r.
+case: (drop t w) => [|c u]; first by rewrite mulr0.
+have [key_s | _] := eqVneq (key (take s w)) k; last by rewrite !(mul0r, mulr0).
+have [key_t | _] := eqVneq (key (take t w)) k; last by rewrite !(mul0r, mulr0).
+have szs n : (n < H)%N -> size (take n w) = n by move=> lt_n; rewrite size_takel // sz_w ltnW.
+have /eqP[] := ne_st.
+by rewrite -(szs _ lt_s) -(szs _ lt_t); apply: key_size; rewrite ?szs // key_s key_t.
+Qed.
+
+(* Logits of their own for each position, and for each prefix. *)
+Theorem claim_5_orthogonal_position (key := fun s : seq A => inord (size s) : 'I_H.+1) :
+  trace_var b H [::] (fun i => prefix_weighted (rho b pi) (softmax_term key i)) <=
+  trace_var b H [::] (fun i => sequence_weighted (rho b pi) (softmax_term key i)).
+Proof.
+apply: claim_5_orthogonal_tabular => u v lt_u lt_v /(congr1 val).
+by rewrite /= !inordK // ltnS ltnW.
+Qed.
+
+Theorem claim_5_orthogonal_prefix (key := fun s : seq A => insub_bseq H s : {bseq H of A}) :
+  trace_var b H [::] (fun i => prefix_weighted (rho b pi) (softmax_term key i)) <=
+  trace_var b H [::] (fun i => sequence_weighted (rho b pi) (softmax_term key i)).
+Proof.
+apply: claim_5_orthogonal_tabular => u v lt_u lt_v /(congr1 val).
+by rewrite /= !val_insubd (ltnW lt_u) (ltnW lt_v) => ->.
+Qed.
+
+End Tabular.
