@@ -398,3 +398,186 @@ by apply: (E_rho_sqr_le (X := fun s => X s ^+ 2)) => // s; apply: sqr_ge0.
 Qed.
 
 End CumulativeRatio.
+
+(* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for each
+   position or prefix) the cross terms drop out of the trace, so the order of the terms is the order of the sums. *)
+Section SummedVariance.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (I : finType) (g : I -> seq A -> A -> R) (H : nat).
+Hypothesis AC : absolutely_continuous b pi.
+Implicit Types (f : seq A -> A -> R) (W : nat -> seq A -> R).
+
+Definition orthogonal_scores := forall w, size w = H -> forall t u : nat, (t < u < H)%N ->
+  \sum_(i : I) step (g i) t w * step (g i) u w = 0.
+
+Hypothesis orthogonal : orthogonal_scores.
+
+Lemma second_moment_orthogonal W f :
+  \sum_(i : I) E b H [::] (fun w => (\sum_(t < H) W t w * (step (g i) t w * step f t w)) ^+ 2) =
+  \sum_(t < H) E b H [::] (fun w => W t w ^+ 2 * \sum_(i : I) (step (g i) t w * step f t w) ^+ 2).
+Proof.
+rewrite -!E_sum; apply: eq_E => w /= sz_w.
+transitivity (\sum_(t < H) \sum_(u < H)
+  W t w * step f t w * (W u w * step f u w) * \sum_i step (g i) t w * step (g i) u w).
+  under [LHS]eq_bigr => i _ do rewrite expr2 big_distrlr.
+  rewrite [LHS]exchange_big; apply: eq_bigr => t _; rewrite [LHS]exchange_big; apply: eq_bigr => u _ /=.
+  by rewrite big_distrr; apply: eq_bigr => i _ /=; ring.
+apply: eq_bigr => t _; rewrite (bigD1 t) //= [X in _ + X]big1 => [|u neq_ut].
+  by rewrite addr0 !big_distrr; apply: eq_bigr => i _ /=; ring.
+have [lt_tu | lt_ut | eq_tu] := ltngtP t u.
+- by rewrite orthogonal ?mulr0 // lt_tu ltn_ord.
+- under eq_bigr => i _ do rewrite mulrC.
+  by rewrite orthogonal ?mulr0 // lt_ut ltn_ord.
+by rewrite (val_inj eq_tu) eqxx in neq_ut.
+Qed.
+
+Theorem claim_T1_variance_sum f :
+  trace_var b H [::] (fun i w => \sum_(t < H) rho b pi (take t.+1 w) * (step (g i) t w * step f t w)) <=
+  trace_var b H [::] (fun i w => \sum_(t < H) rho b pi w * (step (g i) t w * step f t w)).
+Proof.
+rewrite /trace_var /Var !big_split /= (second_moment_orthogonal (fun t w => rho b pi (take t.+1 w))).
+rewrite (second_moment_orthogonal (fun=> rho b pi)); apply: ler_add; last first.
+  rewrite le_eqVlt; apply/predU1P; left; apply: eq_bigr => i _; congr (- _ ^+ 2); rewrite !E_sum; apply: eq_bigr => t _.
+  transitivity (E pi H [::] (step (fun s a => g i s a * f s a) t)).
+    rewrite -(@E_rho_step _ _ _ _ AC H t t.+1) ?leqnn ?ltn_ord //.
+    by apply: eq_E => w _; rewrite step_mul.
+  rewrite -(@E_rho_step _ _ _ _ AC H t H) ?leqnn ?ltn_ord //.
+  by apply: eq_E => w /= sz_w; rewrite step_mul [take H w]take_oversize ?sz_w.
+apply: ler_sum => t _.
+pose X s := \sum_i (step (g i) t s * step f t s) ^+ 2.
+have eqX w : \sum_i (step (g i) t w * step f t w) ^+ 2 = X (take t.+1 w).
+  by apply: eq_bigr => i _; rewrite !step_take.
+rewrite (eq_E _ (Y := fun w => rho b pi (take t.+1 w) ^+ 2 * X (take t.+1 w))) => [|w _]; last by rewrite eqX.
+rewrite [X in _ <= X](eq_E _ (Y := fun w => rho b pi w ^+ 2 * X (take t.+1 w))) => [|w _]; last by rewrite eqX.
+by apply: E_rho_sqr_le => // s; apply: sumr_ge0 => i _; apply: sqr_ge0.
+Qed.
+
+End SummedVariance.
+
+(* Softmax scores at histories with different logits are orthogonal. *)
+Lemma softmax_score_orthogonal (R : realFieldType) (A : finType) (p : policy R A) (K : eqType) (key : seq A -> K)
+    k a' s s' x y :
+  key s != key s' -> softmax_score p key k a' s x * softmax_score p key k a' s' y = 0.
+Proof.
+rewrite /softmax_score => neq; case: (key s =P k) => [<- | _]; last by rewrite !mul0r.
+by rewrite [key s' == _]eq_sym (negbTE neq) mul0r mulr0.
+Qed.
+
+(* --- claims 3.token and 3.surrogate: the token ratio ------------------------------------------------------------------ *)
+
+Section TokenRatio.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat) (reward : seq A -> R).
+Variable g : seq A -> A -> R.
+Hypothesis AC : absolutely_continuous b pi.
+Implicit Types (f : seq A -> A -> R) (X Y : seq A -> R).
+
+Definition Cov n s X Y : R := E b n s (fun w => X w * Y w) - E b n s X * E b n s Y.
+
+(* What the token ratio computes: the history from b, the token from pi. *)
+Theorem claim_3_token t f : (t < H)%N ->
+  E b H [::] (fun w => step (ratio b pi) t w * step f t w) = E b t [::] (fun s => next pi s (f s)).
+Proof.
+move=> lt_tH; transitivity (E b H [::] (fun w => step (fun s a => ratio b pi s a * f s a) t w * 1)).
+  by apply: eq_E => w _; rewrite mulr1 step_mul.
+rewrite (E_step_known _ _ (fun=> 1)) //; apply: (@eq_E_reachable _ _ b); first exact: reachable_nil.
+by move=> s _ reach_s /=; rewrite mulr1 next_ratio.
+Qed.
+
+(* G(s) = sum_a pi(a|s) g(a|s) A^pi(s, a), what a history adds to the policy gradient. *)
+Definition mean_score s : R := next pi s (fun a => g s a * advantage H reward pi s a).
+
+(* The bias with the exact A^pi: histories count as often as b meets them, not as often as pi does. *)
+Theorem claim_3_token_bias : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * step (advantage H reward pi) t w))
+    - gradient pi g H reward = \sum_(t < H) (E b t [::] mean_score - E pi t [::] mean_score).
+Proof.
+move=> score; rewrite policy_gradient_advantage // -sumrB; apply: eq_bigr => t _; congr (_ - _).
+  rewrite -[RHS](claim_3_token (fun s a => g s a * advantage H reward pi s a)) //.
+  by apply: eq_E => w _; rewrite step_mul.
+transitivity (E pi H [::] (fun w => step (fun s a => g s a * advantage H reward pi s a) t w * 1)).
+  by apply: eq_E => w _; rewrite mulr1 step_mul.
+rewrite (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _.
+by rewrite /= mulr1.
+Qed.
+
+(* The same bias as a sum over histories, (P_b(s) - P_pi(s)) G(s). *)
+Theorem claim_3_token_bias_histories : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * step (advantage H reward pi) t w))
+    - gradient pi g H reward =
+  \sum_(t < H) \sum_(s : t.-tuple A) (string_prob b s - string_prob pi s) * mean_score s.
+Proof.
+move=> score; rewrite claim_3_token_bias //; apply: eq_bigr => t _.
+have E_strings (p : policy R A) X : E p t [::] X = \sum_(s : t.-tuple A) string_prob p s * X s.
+  by rewrite E_big; apply: eq_bigr => s _; rewrite /string_prob /path_prod size_tuple.
+by rewrite !E_strings -sumrB; apply: eq_bigr => s _; rewrite mulrBl.
+Qed.
+
+(* And as covariances under b: the token ratio leaves out rho of the history, whose mean is 1. *)
+Theorem claim_3_token_bias_covariance : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * step (advantage H reward pi) t w))
+    - gradient pi g H reward = - \sum_(t < H) Cov t [::] (rho b pi) mean_score.
+Proof.
+move=> score; rewrite claim_3_token_bias // -sumrN; apply: eq_bigr => t _.
+have rho1 : E b t [::] (rho b pi) = 1.
+  rewrite -[RHS](E_const pi t [::]) -[RHS]mul1r -(rho_nil b pi) -change_of_measure ?reachable_nil //.
+  by apply: eq_E => w _; rewrite /= rho_nil mulr1.
+by rewrite /Cov change_of_measure ?reachable_nil // rho1 rho_nil !mul1r opprB.
+Qed.
+
+(* The CPI/TRPO surrogate, up to its constant J(b): b writes the history, the moving policy q the token, and the token
+   is worth A^b. As the objective is, it is a polynomial in the step eps of q. *)
+Definition surrogate (q : seq A -> A -> {poly R}) : {poly R} :=
+  \sum_(t < H) E (fun s a => (b s a)%:P) t [::] (fun s => next q s (fun a => (advantage H reward b s a)%:P)).
+
+Lemma coef_E_fixed n s (X : seq A -> {poly R}) i :
+  (E (fun s a => (b s a)%:P) n s X)`_i = E b n s (fun w => (X w)`_i).
+Proof.
+elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _.
+by rewrite coefCM IHn.
+Qed.
+
+Lemma surrogate_slope : (surrogate (moved pi g))`_1 =
+  \sum_(t < H) E b t [::] (fun s => next pi s (fun a => g s a * advantage H reward b s a)).
+Proof.
+rewrite coef_sum; apply: eq_bigr => t _; rewrite coef_E_fixed; apply: eq_E => s _.
+rewrite coef_sum; apply: eq_bigr => a _.
+by rewrite coefMC coef1_moved mulrA.
+Qed.
+
+(* With A^b the token ratio gives the derivative of the surrogate, exactly. *)
+Theorem claim_3_surrogate :
+  \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * step (advantage H reward b) t w)) =
+    (surrogate (moved pi g))`_1.
+Proof.
+rewrite surrogate_slope; apply: eq_bigr => t _.
+rewrite -(claim_3_token (fun s a => g s a * advantage H reward b s a)) //.
+by apply: eq_E => w _; rewrite step_mul.
+Qed.
+
+(* With the reward of the string in place of A^b too: E_b[R | history and token] is Q^b, and V^b of the history is a
+   baseline for the token that pi writes. *)
+Theorem claim_3_surrogate_return : is_score pi g ->
+  \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * reward w)) = (surrogate (moved pi g))`_1.
+Proof.
+move=> score; rewrite surrogate_slope; apply: eq_bigr => t _.
+transitivity (E b H [::] (fun w => step (fun s a => ratio b pi s a * g s a) t w * reward w)).
+  by apply: eq_E => w _; rewrite mulrA step_mul.
+rewrite E_step //; apply: (@eq_E_reachable _ _ b); first exact: reachable_nil.
+move=> s /= sz_s reach_s.
+rewrite -[RHS]addr0 -(mulr0 (value H reward b s)) -(score s) /next big_distrr -big_split.
+apply: eq_bigr => a _ /=; rewrite -(b_ratio AC a reach_s) /advantage /action_value /value size_rcons sz_s; ring.
+Qed.
+
+(* At the policy that sampled, the surrogate has the slope of the objective. *)
+Theorem claim_3_surrogate_on_policy (h : seq A -> A -> R) : is_score b h ->
+  (surrogate (moved b h))`_1 = gradient b h H reward.
+Proof.
+move=> score; rewrite policy_gradient_advantage // coef_sum; apply: eq_bigr => t _.
+transitivity (E b H [::] (fun w => step (fun s a => h s a * advantage H reward b s a) t w * 1)); last first.
+  by apply: eq_E => w _; rewrite mulr1 step_mul.
+rewrite coef_E_fixed (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _ /=.
+by rewrite mulr1 coef_sum; apply: eq_bigr => a _; rewrite coefMC coef1_moved mulrA.
+Qed.
+
+End TokenRatio.
