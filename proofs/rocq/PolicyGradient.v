@@ -581,3 +581,152 @@ by rewrite mulr1 coef_sum; apply: eq_bigr => a _; rewrite coefMC coef1_moved mul
 Qed.
 
 End TokenRatio.
+
+(* --- claim 3.gspo: the length-normalized ratio ------------------------------------------------------------------------ *)
+
+(* Bernoulli's inequality with what is left over: x^(m+1) - 1 - (m+1)(x - 1) >= m (x - 1)^2 for x >= 0. *)
+Lemma bernoulli (R : realFieldType) (x : R) m : 0 <= x ->
+  m%:R * (x - 1) ^+ 2 <= x ^+ m.+1 - 1 - m.+1%:R * (x - 1).
+Proof.
+move=> x_ge0; elim: m => [|m IHm]; first by rewrite mul0r expr1 mul1r subrr.
+have {}IHm : 0 <= x * (x ^+ m.+1 - 1 - m.+1%:R * (x - 1)).
+  by rewrite mulr_ge0 // (le_trans _ IHm) // mulr_ge0 ?ler0n ?sqr_ge0.
+rewrite -subr_ge0; apply: le_trans IHm _; rewrite le_eqVlt; apply/predU1P; left.
+by rewrite [x ^+ m.+2]exprS; ring.
+Qed.
+
+(* Under (AC) pi writes no string that b never writes. *)
+Lemma string_prob0 (R : realFieldType) (A : finType) (b pi : policy R A) s : absolutely_continuous b pi ->
+  string_prob b s = 0 -> string_prob pi s = 0.
+Proof.
+move=> AC; elim/last_ind: s => [|s a IHs]; first by rewrite string_prob_nil => /eqP; rewrite oner_eq0.
+rewrite !string_prob_rcons; have := string_prob_ge0 b s; rewrite le_eqVlt => /predU1P[s0 _ | reach_s /eqP].
+  by rewrite IHs // mul0r.
+by rewrite mulf_eq0 (negbTE (lt0r_neq0 reach_s)) /= => /eqP a0; rewrite (AC _ _ reach_s a0) mulr0.
+Qed.
+
+(* Ratios that are 1 on every finished string are 1 all along: the policies agree wherever b can get to. *)
+Lemma rho1_same (R : realFieldType) (A : finType) (b pi : policy R A) H s a : absolutely_continuous b pi ->
+  (forall w, size w = H -> reachable b w -> rho b pi w = 1) ->
+  (size s < H)%N -> reachable b s -> pi s a = b s a.
+Proof.
+move=> AC rho1; have all1 u : (size u <= H)%N -> reachable b u -> rho b pi u = 1.
+  move=> le_uH reach_u; rewrite -[LHS]mulr1 -[X in _ * X](E_const pi (H - size u) u) -change_of_measure //.
+  rewrite -[RHS](E_const b (H - size u) u); apply: (@eq_E_reachable _ _ b) => // v sz_v reach_v.
+  by rewrite mulr1 rho1 // size_cat sz_v subnKC.
+move=> lt_sH reach_s; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 (AC _ _ reach_s a0).
+have reach_a : reachable b (rcons s a) by rewrite reachable_rcons reach_s lt_def a_neq0 prob_ge0.
+have := all1 (rcons s a); rewrite size_rcons rho_rcons (all1 s (ltnW lt_sH)) // mul1r => /(_ lt_sH reach_a).
+by rewrite /ratio => /(congr1 ( *%R^~ (b s a))); rewrite divfK // mul1r.
+Qed.
+
+(* The root is any function whose power is the ratio, non-negative: the root itself need not exist in the field for
+   strings of other lengths. *)
+Section LengthNormalized.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat) (root : seq A -> R).
+Hypothesis AC : absolutely_continuous b pi.
+Hypothesis H_gt0 : (0 < H)%N.
+Hypothesis root_ge0 : forall w, size w = H -> 0 <= root w.
+Hypothesis root_power : forall w, size w = H -> root w ^+ H = rho b pi w.
+Implicit Types (X : seq A -> R).
+
+(* Z, the mean of the root, and q, the probabilities b * rho^(1/H) / Z. *)
+Definition scale : R := E b H [::] root.
+Definition tilted w : R := string_prob b w * root w / scale.
+
+Lemma E_norm X : (forall w, size w = H -> 0 <= X w) -> E b H [::] X = E b H [::] (fun w => `|X w|).
+Proof. by move=> X_ge0; apply: eq_E => w sz_w; rewrite ger0_norm ?X_ge0. Qed.
+
+Lemma E_eq0_reachable X : (forall w, size w = H -> 0 <= X w) -> E b H [::] X = 0 ->
+  forall w, size w = H -> reachable b w -> X w = 0.
+Proof.
+move=> X_ge0; rewrite E_norm // => EX0 w sz_w reach_w; apply/eqP; rewrite -normr_eq0; apply/eqP.
+apply: (E_eq0 (p := b) (n := H) (s := [::]) (X := fun w => `|X w|)) => //.
+by move: reach_w; rewrite /reachable /string_prob /path_prod sz_w.
+Qed.
+
+Lemma E_rho1 : E b H [::] (rho b pi) = 1.
+Proof.
+rewrite (eq_E _ (Y := fun w => rho b pi w * 1)) => [|w _]; last by rewrite mulr1.
+by rewrite (change_of_measure AC _ (fun=> 1)) ?reachable_nil // rho_nil E_const mulr1.
+Qed.
+
+Lemma scale_gt0 : 0 < scale.
+Proof.
+rewrite lt_def {2}/scale E_norm // E_ge0 // andbT; apply/eqP => Z0.
+suff : E b H [::] (rho b pi) = 0 by rewrite E_rho1 => /eqP; rewrite oner_eq0.
+rewrite -[RHS](E0 b H [::]); apply: eq_E_reachable => [|w sz_w reach_w]; first exact: reachable_nil.
+by rewrite -root_power // (E_eq0_reachable root_ge0 Z0) // expr0n eqn0Ngt H_gt0.
+Qed.
+
+Lemma E_strings X : E b H [::] X = \sum_(w : H.-tuple A) string_prob b w * X w.
+Proof. by rewrite E_big; apply: eq_bigr => w _; rewrite /string_prob /path_prod size_tuple. Qed.
+
+(* The weight rho_H^(1/H) gives Z E_q[X] for every function X of the string. *)
+Theorem claim_3_gspo X :
+  E b H [::] (fun w => root w * X w) = scale * \sum_(w : H.-tuple A) tilted w * X w.
+Proof.
+rewrite E_strings big_distrr; apply: eq_bigr => w _ /=; rewrite /tilted.
+by field; rewrite lt0r_neq0 // scale_gt0.
+Qed.
+
+(* The same for a prefix: as many tokens may follow as one likes. With rho_t^(1/t) this is the cumulative mean. *)
+Theorem claim_3_gspo_prefix T X : (H <= T)%N ->
+  E b T [::] (fun w => root (take H w) * X (take H w)) = scale * \sum_(w : H.-tuple A) tilted w * X w.
+Proof. by move=> le_HT; rewrite -claim_3_gspo -(E_prefix b (fun s => root s * X s) le_HT). Qed.
+
+(* q is a probability distribution over the strings. *)
+Theorem claim_3_gspo_distribution :
+  (forall w : H.-tuple A, 0 <= tilted w) /\ \sum_(w : H.-tuple A) tilted w = 1.
+Proof.
+split=> [w|]; first by rewrite /tilted divr_ge0 ?(ltW scale_gt0) // mulr_ge0 ?string_prob_ge0 ?root_ge0 ?size_tuple.
+by rewrite -big_distrl -E_strings -/scale /= divff // lt0r_neq0 // scale_gt0.
+Qed.
+
+(* q lies 1/H of the way from b to pi: q^H is b^(H-1) pi, up to the constant Z^H. *)
+Theorem claim_3_gspo_way (w : H.-tuple A) :
+  (scale * tilted w) ^+ H = string_prob b w ^+ H.-1 * string_prob pi w.
+Proof.
+have -> : scale * tilted w = string_prob b w * root w.
+  by rewrite /tilted mulrCA mulrA; field; rewrite lt0r_neq0 // scale_gt0.
+have expr_pred x : x ^+ H = x ^+ H.-1 * x by rewrite -exprSr prednK.
+rewrite exprMn root_power ?size_tuple // expr_pred -mulrA; congr (_ * _).
+have [reach_w | ] := boolP (reachable b w); first by rewrite rho_string_prob // mulrC divfK // lt0r_neq0.
+by rewrite /reachable lt_def string_prob_ge0 andbT negbK => /eqP b0; rewrite b0 mul0r (string_prob0 AC b0).
+Qed.
+
+(* Z <= 1: H rho^(1/H) <= H - 1 + rho by Bernoulli's inequality, and E_b rho = 1. *)
+Lemma E_gap : E b H [::] (fun w => rho b pi w - 1 - H%:R * (root w - 1)) = H%:R * (1 - scale).
+Proof. by rewrite !E_sub E_scale E_sub !E_const E_rho1 subrr sub0r -mulrN opprB. Qed.
+
+Lemma gap_ge w : size w = H -> H.-1%:R * (root w - 1) ^+ 2 <= rho b pi w - 1 - H%:R * (root w - 1).
+Proof.
+move=> sz_w; rewrite -root_power // -[in X in _ <= X](prednK H_gt0).
+by apply: bernoulli; rewrite root_ge0.
+Qed.
+
+Lemma gap_ge0 w : size w = H -> 0 <= rho b pi w - 1 - H%:R * (root w - 1).
+Proof. by move=> sz_w; apply: le_trans (gap_ge sz_w); rewrite mulr_ge0 ?ler0n ?sqr_ge0. Qed.
+
+Theorem claim_3_gspo_scale : scale <= 1.
+Proof.
+rewrite -subr_ge0 -(pmulr_rge0 _ (_ : 0 < H%:R)) ?ltr0n // -E_gap E_norm; last exact: gap_ge0.
+by apply: E_ge0 => w; apply: normr_ge0.
+Qed.
+
+(* Z < 1 as soon as there are two tokens and the policies differ somewhere that b can get to. *)
+Theorem claim_3_gspo_scale_strict s a :
+  (1 < H)%N -> (size s < H)%N -> reachable b s -> pi s a != b s a -> scale < 1.
+Proof.
+move=> H_gt1 lt_sH reach_s neq; rewrite lt_neqAle claim_3_gspo_scale andbT; apply: contra neq => /eqP Z1.
+apply/eqP/(rho1_same _ AC _ lt_sH) => // w sz_w reach_w.
+have gap0 : rho b pi w - 1 - H%:R * (root w - 1) = 0.
+  by apply: (E_eq0_reachable gap_ge0) => //; rewrite E_gap Z1 subrr mulr0.
+suff /eqP : root w = 1 by rewrite -root_power // => /eqP ->; rewrite expr1n.
+have := gap_ge sz_w; rewrite gap0 pmulr_rle0 ?ltr0n -?subn1 ?subn_gt0 // => le0.
+have : (root w - 1) ^+ 2 == 0 by rewrite eq_le le0 sqr_ge0.
+by rewrite sqrf_eq0 subr_eq0 => /eqP.
+Qed.
+
+End LengthNormalized.
