@@ -207,3 +207,113 @@ by rewrite /= !val_insubd (ltnW lt_u) (ltnW lt_v) => ->.
 Qed.
 
 End Tabular.
+
+(* --- zero variance --------------------------------------------------------------------------------------------------- *)
+
+Section ZeroVariance.
+
+Variables (R : realFieldType) (A : finType) (pi : policy R A) (H : nat) (f : seq A -> A -> R).
+
+(* One parameter; F = sum_t f_t, of which Z = rho_H F. If b writes each string in proportion to pi F, then
+   rho_H F = (pi / b) F = E_pi F on every string that b can write: Z is a constant. *)
+Theorem claim_5_zero_variance (b : policy R A) :
+  (forall w, size w = H -> string_prob b w = string_prob pi w * path_sum f w / E pi H [::] (path_sum f)) ->
+  (forall w, size w = H -> reachable b w -> sequence_weighted (rho b pi) f w = E pi H [::] (path_sum f)) /\
+  Var b H [::] (sequence_weighted (rho b pi) f) = 0.
+Proof.
+set m := E pi H [::] _ => b_pi_F.
+have constant w : size w = H -> reachable b w -> sequence_weighted (rho b pi) f w = m.
+  move=> sz_w reach; rewrite /sequence_weighted rho_string_prob //.
+  move: (reach); rewrite /reachable (b_pi_F w) // => /lt0r_neq0.
+  rewrite !mulf_eq0 invr_eq0 !negb_or -andbA => /and3P[pi_n0 F_n0 m_n0].
+  by field; rewrite m_n0 F_n0 pi_n0.
+split=> //; rewrite Var_centered -[RHS](E0 b H [::]); apply: eq_E_reachable; first exact: reachable_nil.
+move=> w sz_w reach; rewrite constant //.
+have -> : E b H [::] (sequence_weighted (rho b pi) f) = m.
+  rewrite -[RHS](E_const b H [::] m); apply: eq_E_reachable; first exact: reachable_nil.
+  by move=> u sz_u reach_u; rewrite constant.
+by rewrite subrr expr0n.
+Qed.
+
+(* Such a sampler exists when F has one sign (c > 0 or c < 0, for instance 1 or -1) on all strings that pi can write:
+   b(a|s) = pi(a|s) M(s a) / M(s), with M(s) the mean of F when pi goes on from s. It can write what pi can. *)
+Section Sampler.
+
+Variable c : R.
+Hypothesis one_sign : forall w, size w = H -> reachable pi w -> 0 < c * path_sum f w.
+
+Let M s := value H (fun w => c * path_sum f w) pi s.
+
+Lemma M_next s : (size s < H)%N -> M s = \sum_a pi s a * M (rcons s a).
+Proof. by move=> lt_sH; rewrite {1}/M /value -(subnSK lt_sH); under [RHS]eq_bigr do rewrite /M /value size_rcons. Qed.
+
+Lemma M_gt0 s : (size s <= H)%N -> reachable pi s -> 0 < M s.
+Proof.
+move: {2}(H - size s)%N (erefl (H - size s)%N) => n; elim: n s => [|n IHn] s eq_n le_sH reach.
+  have sz_s : size s = H by apply/eqP; rewrite eqn_leq le_sH -subn_eq0 eq_n.
+  by rewrite /M /value eq_n /= one_sign.
+have lt_sH : (size s < H)%N by rewrite -subn_gt0 eq_n.
+have pos a : 0 < pi s a -> 0 < M (rcons s a).
+  by move=> a_gt0; apply: IHn; rewrite ?reachable_rcons ?reach // size_rcons // subnS eq_n.
+have ge0 a : 0 <= pi s a * M (rcons s a).
+  have := prob_ge0 pi s a; rewrite le_eqVlt => /predU1P[<- | a_gt0]; first by rewrite mul0r.
+  by rewrite ltW // mulr_gt0 ?pos.
+rewrite lt_def M_next // sumr_ge0 // andbT psumr_eq0 //; apply/allPn.
+have [a a_neq0] : exists a, pi s a != 0.
+  apply/existsP; apply: contraTT isT => /existsPn zero; have /eqP := prob_sum1 pi s.
+  by rewrite big1 ?(eq_sym 0) ?oner_eq0 // => a _; apply/eqP; have := zero a; rewrite negbK.
+by exists a; rewrite ?mem_index_enum //= mulf_neq0 // lt0r_neq0 // pos // lt_def a_neq0 prob_ge0.
+Qed.
+
+Definition zero_variance_prob s a := if reachable pi s && (size s < H)%N then pi s a * M (rcons s a) / M s else pi s a.
+
+Lemma zero_variance_ge0 s a : 0 <= zero_variance_prob s a.
+Proof.
+rewrite /zero_variance_prob; case: andP => [[reach lt_sH] | _]; last exact: prob_ge0.
+rewrite mulr_ge0 ?invr_ge0 ?(ltW (M_gt0 (ltnW lt_sH) reach)) //.
+have := prob_ge0 pi s a; rewrite le_eqVlt => /predU1P[<- | a_gt0]; first by rewrite mul0r.
+by rewrite mulr_ge0 ?(ltW a_gt0) // ltW // M_gt0 ?size_rcons // reachable_rcons reach.
+Qed.
+
+Lemma zero_variance_sum1 s : \sum_a zero_variance_prob s a = 1.
+Proof.
+rewrite /zero_variance_prob; case: andP => [[reach lt_sH] | _]; last exact: prob_sum1.
+by rewrite -big_distrl /= -M_next // divff // lt0r_neq0 // M_gt0 // ltnW.
+Qed.
+
+Definition zero_variance_policy := Policy zero_variance_ge0 zero_variance_sum1.
+
+Lemma zero_variance_string s : (size s <= H)%N -> string_prob zero_variance_policy s = string_prob pi s * M s / M [::].
+Proof.
+have M0 : M [::] != 0 by rewrite lt0r_neq0 // M_gt0 // reachable_nil.
+elim/last_ind: s => [|s a IHs]; first by rewrite !string_prob_nil mul1r divff.
+rewrite size_rcons => lt_sH; rewrite !string_prob_rcons IHs ?(ltnW lt_sH) //= /zero_variance_prob lt_sH andbT.
+case: ifP => [reach | /negbT]; last first.
+  rewrite /reachable lt_def string_prob_ge0 andbT negbK => /eqP ->.
+  by rewrite !mul0r.
+have Ms : M s != 0 by rewrite lt0r_neq0 // M_gt0 // ltnW.
+by field; rewrite M0 Ms.
+Qed.
+
+Theorem claim_5_zero_variance_sampler : exists b : policy R A,
+  [/\ absolutely_continuous b pi,
+      forall w, size w = H -> string_prob b w = string_prob pi w * path_sum f w / E pi H [::] (path_sum f)
+    & Var b H [::] (sequence_weighted (rho b pi) f) = 0].
+Proof.
+have strings w : size w = H ->
+    string_prob zero_variance_policy w = string_prob pi w * path_sum f w / E pi H [::] (path_sum f).
+  move=> sz_w; rewrite zero_variance_string ?sz_w //.
+  have : 0 < M [::] by rewrite M_gt0 // reachable_nil.
+  rewrite {1 3}/M /value subn0 E_scale => /lt0r_neq0; rewrite mulf_eq0 negb_or => /andP[c_n0 m_n0].
+  by rewrite {1}/M /value sz_w subnn /=; field; rewrite m_n0 c_n0.
+exists zero_variance_policy; split=> //; last by have [] := claim_5_zero_variance strings.
+move=> s a reach /=; rewrite /zero_variance_prob; case: andP => [[reach_pi lt_sH] | //] /eqP.
+rewrite mulf_eq0 invr_eq0 (negbTE (lt0r_neq0 (M_gt0 (ltnW lt_sH) reach_pi))) orbF mulf_eq0 => /orP[/eqP // | M0].
+apply/eqP; apply: contraTT M0 => a_neq0; rewrite lt0r_neq0 // M_gt0 ?size_rcons // reachable_rcons reach_pi.
+by rewrite lt_def a_neq0 prob_ge0.
+Qed.
+
+End Sampler.
+
+End ZeroVariance.
+
