@@ -28,6 +28,9 @@ Definition Cov n s X Y := E p n s (fun w => X w * Y w) - E p n s X * E p n s Y.
 Lemma E_last n s X : E p n.+1 s X = E p n s (fun u => next p u (fun a => X (rcons u a))).
 Proof. by rewrite -addn1 E_tower. Qed.
 
+Lemma E_first n s X : E p n.+1 s X = \sum_(a : A) p s a * E p n (rcons s a) X.
+Proof. by []. Qed.
+
 (* A function of the history of token k + 1 and of f at that token. *)
 Lemma E_step H k (f : seq A -> A -> R) (G : seq A -> R -> R) : (k < H)%N ->
   E p H [::] (fun w => G (take k w) (step f k w)) = E p k [::] (fun s => next p s (fun a => G s (f s a))).
@@ -295,3 +298,241 @@ Qed.
 End States.
 
 End SecondMoments.
+
+(* --- 2.general: how far the product formula can be off ------------------------------------------------------------- *)
+
+(* Binary tokens: the probability of a, if that of 1 is x. *)
+Definition coin (R : realFieldType) (x : R) (a : bool) : R := if a then x else 1 - x.
+
+Lemma coin_ge0 (R : realFieldType) (x : R) a : 0 <= x <= 1 -> 0 <= coin x a.
+Proof. by case/andP=> x_ge0 x_le1; case: a => //=; rewrite subr_ge0. Qed.
+
+Lemma coin_sum1 (R : realFieldType) (x : R) : \sum_(a : bool) coin x a = 1.
+Proof. by rewrite big_bool /= addrC subrK. Qed.
+
+Lemma half01 (R : realFieldType) : 0 <= (2%:R^-1 : R) <= 1.
+Proof. by rewrite invr_ge0 ler0n invf_le1 ?ltr0n // ler1n. Qed.
+
+Definition coin_flips (R : realFieldType) : policy R bool_finType :=
+  Policy (fun _ a => coin_ge0 a (half01 R)) (fun _ => coin_sum1 _).
+
+Section TwoKinds.
+
+Variables (R : realFieldType) (q : R).
+Hypothesis q01 : 0 <= q <= 1.
+Local Notation coin_flips := (coin_flips R).
+
+(* Against b = 1/2, a target that writes a first 1 with probability q and then a 1 with 3/4 for good; after a first 0 it
+   writes what b writes. *)
+Definition hot_or_cold (s : seq bool) : R := if s is a :: _ then if a then 3%:R / 4%:R else 2%:R^-1 else q.
+
+Lemma hot_or_cold01 s : 0 <= hot_or_cold s <= 1.
+Proof.
+case: s => [|[] s] //=; last exact: half01.
+by rewrite divr_ge0 ?ler0n // ler_pdivr_mulr ?ltr0n // mul1r ler_nat.
+Qed.
+
+Definition hot_target : policy R bool_finType := Policy (fun s a => coin_ge0 a (hot_or_cold01 s)) (fun=> coin_sum1 _).
+
+Lemma chi2_coin_flips s : chi2 coin_flips hot_target s = (2%:R * hot_or_cold s - 1) ^+ 2.
+Proof. by rewrite /chi2 big_bool /=; field. Qed.
+
+(* The second moment, and what the product formula says that it is: half of b's strings have chi2 = 1/4 at every token. *)
+Theorem claim_2_general_true t : second_moment coin_flips hot_target t.+1 =
+  2%:R * (q ^+ 2 * (5%:R / 4%:R) ^+ t + (1 - q) ^+ 2).
+Proof.
+rewrite /second_moment E_first big_bool.
+rewrite (@second_moment_from _ _ _ _ t [:: true] 4%:R^-1) => [|u]; last by rewrite chi2_coin_flips /=; field.
+rewrite (@second_moment_from _ _ _ _ t [:: false] 0) => [|u]; last by rewrite chi2_coin_flips /=; field.
+rewrite -[[:: true]]/(rcons [::] true) -[[:: false]]/(rcons [::] false) !rho_rcons !rho_nil /ratio /=.
+have -> : 1 + 4%:R^-1 = 5%:R / 4%:R :> R by field.
+by rewrite addr0 expr1n; move: (_ ^+ t) => z; field.
+Qed.
+
+Theorem claim_2_general_formula t : \prod_(k < t.+1) (1 + chi2_marginal coin_flips hot_target k) =
+  2%:R * (q ^+ 2 + (1 - q) ^+ 2) * (9%:R / 8%:R) ^+ t.
+Proof.
+rewrite big_ord_recl; congr (_ * _).
+  by rewrite /chi2_marginal [E _ _ _ _]chi2_coin_flips /=; ring.
+rewrite (eq_bigr (fun=> 9%:R / 8%:R)) ?prodr_const ?card_ord // => k _.
+rewrite /chi2_marginal E_first big_bool.
+have known a n : E coin_flips n [:: a] (chi2 coin_flips hot_target) = chi2 coin_flips hot_target [:: a].
+  by rewrite -[RHS](E_const coin_flips n [:: a]); apply: eq_E => u _; rewrite !chi2_coin_flips.
+by rewrite !known !chi2_coin_flips /=; field.
+Qed.
+
+End TwoKinds.
+
+(* So the formula is too small by a factor that grows like (10/9)^t if the target writes a first 1 as often as b does, *)
+Theorem claim_2_general_above (R : realFieldType) t :
+  \prod_(k < t.+1) (1 + chi2_marginal (coin_flips R) (hot_target (half01 R)) k) * (10%:R / 9%:R) ^+ t / 2%:R <=
+  second_moment (coin_flips R) (hot_target (half01 R)) t.+1.
+Proof.
+rewrite claim_2_general_formula claim_2_general_true -[_ * _ ^+ t * _ ^+ t]mulrA -exprMn.
+have -> : 9%:R / 8%:R * (10%:R / 9%:R) = 5%:R / 4%:R :> R by field.
+rewrite -subr_ge0 (_ : _ - _ = 2%:R^-1) ?invr_ge0 ?ler0n //.
+by move: (_ ^+ t) => z; field.
+Qed.
+
+(* and too large by (9/8)^t if it never writes one. *)
+Theorem claim_2_general_below (R : realFieldType) (zero01 : 0 <= (0 : R) <= 1) t :
+  second_moment (coin_flips R) (hot_target zero01) t.+1 * (9%:R / 8%:R) ^+ t =
+  \prod_(k < t.+1) (1 + chi2_marginal (coin_flips R) (hot_target zero01) k).
+Proof. by rewrite claim_2_general_formula claim_2_general_true; move: (_ ^+ t) (_ ^+ t) => z y; ring. Qed.
+
+(* --- chapter 2r: the ratio of two variances -------------------------------------------------------------------------- *)
+
+Section VarianceRatio.
+
+Variable R : realFieldType.
+Implicit Types (d x y e : R) (H t n : nat).
+
+(* Var(rho_H) / Var(rho_t) where every token has chi2 = d. *)
+Definition variance_ratio d H t : R := ((1 + d) ^+ H - 1) / ((1 + d) ^+ t - 1).
+
+(* 1 + y + ... + y^(n-1) = (y^n - 1) / (y - 1). *)
+Definition geometric y n : R := \sum_(i < n) y ^+ i.
+
+Lemma geometricS y n : geometric y n.+1 = geometric y n + y ^+ n.
+Proof. by rewrite /geometric big_ord_recr. Qed.
+
+Lemma geometricSl y n : geometric y n.+1 = 1 + y * geometric y n.
+Proof.
+rewrite /geometric big_ord_recl expr0 big_distrr; congr (_ + _).
+by apply: eq_bigr => i _; rewrite exprS.
+Qed.
+
+Lemma geometric_ge y n : 1 <= y -> n%:R <= geometric y n.
+Proof.
+move=> y_ge1; elim: n => [|n IHn]; first by rewrite /geometric big_ord0.
+by rewrite geometricS -addn1 natrD ler_add // exprn_ege1.
+Qed.
+
+Lemma geometric_gt0 y n : 1 <= y -> (0 < n)%N -> 0 < geometric y n.
+Proof. by move=> y_ge1 n_gt0; apply: lt_le_trans (geometric_ge _ y_ge1); rewrite ltr0n. Qed.
+
+Lemma variance_ratio_geometric d H t : 0 < d -> variance_ratio d H t = geometric (1 + d) H / geometric (1 + d) t.
+Proof.
+by move=> d_gt0; rewrite /variance_ratio !subrX1 [1 + d]addrC addrK -mulf_div divff ?mul1r ?gt_eqF.
+Qed.
+
+Lemma geometric_le y n t : 1 <= y -> (t <= n)%N -> geometric y t <= t%:R * y ^+ n.
+Proof.
+move=> y_ge1; elim: t => [|t IHt] lt_tn; first by rewrite /geometric big_ord0 mul0r.
+rewrite geometricS -addn1 natrD mulrDl mul1r ler_add ?IHt ?(ltnW lt_tn) //.
+by apply: ler_weexpn2l => //; apply: ltnW.
+Qed.
+
+(* The terms of the sum grow, so the mean of the first H is at least that of the first t, *)
+Lemma geometric_mean y H t : 1 <= y -> (t <= H)%N -> H%:R * geometric y t <= t%:R * geometric y H.
+Proof.
+move=> y_ge1 /subnKC <-; elim: (H - t)%N => [|n IHn]; first by rewrite addn0.
+by rewrite addnS geometricS -addn1 natrD mulrDl mulrDr mul1r ler_add // geometric_le // leq_addr.
+Qed.
+
+(* and the last t of H add up to y^(H-t) times the first t, *)
+Lemma geometric_last y H t : 1 <= y -> (t < H)%N -> y ^+ (H - t) * geometric y t < geometric y H.
+Proof.
+move=> y_ge1 lt_tH; have y_gt0 : 0 < y by apply: lt_le_trans y_ge1.
+rewrite -{2}(subnKC (ltnW lt_tH)) -(subnSK lt_tH); elim: (H - t.+1)%N => [|n IHn].
+  by rewrite addn1 geometricSl expr1 -subr_gt0 addrK ltr01.
+rewrite addnS geometricSl exprS -mulrA (lt_trans (y := y * geometric y (t + n.+1))) ?ltr_pmul2l //.
+by rewrite -subr_gt0 addrK ltr01.
+Qed.
+
+(* and are no more than t of them can be if each is at most the largest. *)
+Lemma geometric_upper y H t : 1 <= y -> (t <= H)%N -> t%:R * geometric y H <= H%:R * y ^+ (H - t) * geometric y t.
+Proof.
+move=> y_ge1 le_tH; have y_ge0 : 0 <= y by apply: le_trans y_ge1.
+rewrite -{1 2}(subnKC le_tH); elim: (H - t)%N => [|n IHn]; first by rewrite addn0 expr0 mulr1.
+rewrite addnS geometricSl mulrDr mulr1 mulrCA -addn1 natrD [_ + 1]addrC !mulrDl mul1r ler_add //.
+  by apply: le_trans (geometric_ge _ y_ge1) _; rewrite ler_pemull ?exprn_ege1 // sumr_ge0 // => i _; apply: exprn_ge0.
+by apply: le_trans (ler_wpmul2l y_ge0 IHn) _; rewrite exprS !mulrA [y * _]mulrC.
+Qed.
+
+(* max(H/t, (1+d)^(H-t)) <= ratio <= (H/t) (1+d)^(H-t). *)
+Theorem claim_2r_bounds d H t : 0 < d -> (0 < t <= H)%N ->
+  Num.max (H%:R / t%:R) ((1 + d) ^+ (H - t)) <= variance_ratio d H t <= H%:R / t%:R * (1 + d) ^+ (H - t).
+Proof.
+move=> d_gt0 /andP[t_gt0 le_tH]; have y_ge1 : 1 <= 1 + d by rewrite ler_addl ltW.
+have G_gt0 := geometric_gt0 y_ge1 t_gt0; have tR_gt0 : 0 < t%:R :> R by rewrite ltr0n.
+rewrite le_maxl variance_ratio_geometric // !ler_pdivl_mulr // ler_pdivr_mulr //.
+rewrite ![H%:R / t%:R * _]mulrAC -[_ / t%:R * _]mulrAC ler_pdivr_mulr // ler_pdivl_mulr //.
+rewrite ![_ * t%:R]mulrC geometric_mean // geometric_upper //= andbT.
+by move: le_tH; rewrite leq_eqVlt => /predU1P[-> | /(geometric_last y_ge1)/ltW //]; rewrite subnn mul1r.
+Qed.
+
+(* The printed factor alone, (1+d)^(H-t), is always too small. *)
+Theorem claim_2r_limit d H t : 0 < d -> (0 < t < H)%N -> (1 + d) ^+ (H - t) < variance_ratio d H t.
+Proof.
+move=> d_gt0 /andP[t_gt0 lt_tH]; have y_ge1 : 1 <= 1 + d by rewrite ler_addl ltW.
+by rewrite variance_ratio_geometric // ltr_pdivl_mulr ?geometric_gt0 // geometric_last.
+Qed.
+
+(* What the factor lacks: the ratio is (1+d)^(H-t) (1 - x^H) / (1 - x^t) with x = 1/(1+d). *)
+Theorem claim_2r_limit_form d H t (x := (1 + d)^-1) : 0 < d -> (0 < t <= H)%N ->
+  variance_ratio d H t = (1 + d) ^+ (H - t) * ((1 - x ^+ H) / (1 - x ^+ t)).
+Proof.
+move=> d_gt0 /andP[t_gt0 le_tH]; have y_gt1 : 1 < 1 + d by rewrite ltr_addl.
+have y_neq0 n : (1 + d) ^+ n != 0 by rewrite expf_neq0 // gt_eqF // (lt_trans ltr01).
+have : (1 + d) ^+ t - 1 != 0 by rewrite subr_eq0 gt_eqF // exprn_egt1 // -lt0n.
+rewrite /variance_ratio /x !exprVn -{1 3}(subnK le_tH) exprD.
+move: (y_neq0 (H - t)%N) (y_neq0 t); move: (_ ^+ (H - t)) (_ ^+ t) => z y z_neq0 yt_neq0 neq1.
+by field; rewrite z_neq0 yt_neq0 neq1.
+Qed.
+
+Lemma growth_le d n : 0 < d <= 1 -> (1 + d) ^+ n <= 1 + d * (n%:R * 2%:R ^+ n).
+Proof.
+case/andP=> d_gt0 d_le1; have y_ge1 : 1 <= 1 + d by rewrite ler_addl ltW.
+rewrite -ler_subl_addl subrX1 [1 + d]addrC addrK [d + 1]addrC ler_pmul2l //.
+apply: le_trans (geometric_le y_ge1 (leqnn n)) _; apply: ler_wpmul2l; rewrite ?ler0n //.
+by rewrite ler_expn2r ?nnegrE ?ler0n ?(le_trans ler01 y_ge1) // (natrD _ 1 1) ler_add2l.
+Qed.
+
+(* As d tends to 0 the ratio tends to H/t, and the printed factor to 1. *)
+Theorem claim_2r_limit_near H t e : (0 < t <= H)%N -> 0 < e ->
+  exists2 delta, 0 < delta & forall d, 0 < d < delta ->
+    H%:R / t%:R <= variance_ratio d H t <= H%:R / t%:R + e /\ 1 <= (1 + d) ^+ (H - t) <= 1 + e.
+Proof.
+move=> tH e_gt0; have /andP[t_gt0 le_tH] := tH.
+set c : R := H%:R / t%:R; set n := (H - t)%N; pose k : R := n%:R * 2%:R ^+ n.
+have c_ge1 : 1 <= c by rewrite ler_pdivl_mulr ?ltr0n // mul1r ler_nat.
+have c_gt0 : 0 < c by apply: lt_le_trans c_ge1.
+have k_ge0 : 0 <= k by rewrite mulr_ge0 ?exprn_ge0 ?ler0n.
+have ck_gt0 : 0 < c * (k + 1) by rewrite mulr_gt0 // ltr_paddl ?ltr01.
+exists (Num.min 1 (e / (c * (k + 1)))) => [|d]; first by rewrite lt_minr ltr01 divr_gt0.
+rewrite lt_minr => /and3P[d_gt0 d_lt1 d_small].
+have small : c * (d * k) <= e.
+  rewrite (le_trans (y := d * (c * (k + 1)))) ?(ltW (_ : _ < e)) -?ltr_pdivl_mulr //.
+  by rewrite mulrCA ler_pmul2l // ler_pmul2l // ler_addl ler01.
+have growth : (1 + d) ^+ n <= 1 + d * k by rewrite growth_le // d_gt0 ltW.
+have /andP[] := claim_2r_bounds d_gt0 tH; rewrite le_maxl => /andP[lower _] upper; split.
+  rewrite lower (le_trans upper) // (le_trans (y := c * (1 + d * k))) ?ler_pmul2l //.
+  by rewrite mulrDr mulr1 ler_add2l.
+rewrite exprn_ege1 /= ?ler_addl ?(ltW d_gt0) // (le_trans growth) // ler_add2l (le_trans _ small) //.
+by rewrite ler_pemull // mulr_ge0 // ltW.
+Qed.
+
+(* Once (1+d)^t is large, the ratio is (1+d)^(H-t) but for a factor that tends to 1. *)
+Theorem claim_2r_limit_far d H t : 0 < d -> (0 < t <= H)%N ->
+  (1 + d) ^+ (H - t) <= variance_ratio d H t <= (1 + d) ^+ (H - t) * (1 + ((1 + d) ^+ t - 1)^-1).
+Proof.
+move=> d_gt0 tH; have /andP[t_gt0 le_tH] := tH.
+have /andP[] := claim_2r_bounds d_gt0 tH; rewrite le_maxl => /andP[_ ->] _ /=.
+have gt0 : 0 < (1 + d) ^+ t - 1 by rewrite subr_gt0 exprn_egt1 ?ltr_addl // -lt0n.
+rewrite /variance_ratio ler_pdivr_mulr // -mulrA mulrDl mul1r mulVf ?gt_eqF // subrK -exprD subnK //.
+by rewrite ler_subl_addl ler_addr ler01.
+Qed.
+
+End VarianceRatio.
+
+(* The ratio of the variances, where every history that pi can write has chi2 = d. Tokens may depend on each other. *)
+Theorem claim_2r_bounds_variance (R : realFieldType) (A : finType) (b pi : policy R A) (d : R) H t :
+  absolutely_continuous b pi -> (forall s, reachable pi s -> chi2 b pi s = d) -> (t <= H)%N ->
+  Var b H [::] (rho b pi) / Var b H [::] (fun w => rho b pi (take t w)) = variance_ratio d H t.
+Proof.
+move=> AC chi2d le_tH; have VarE n : (n <= H)%N -> Var b H [::] (fun w => rho b pi (take n w)) = (1 + d) ^+ n - 1.
+  by move=> le_nH; rewrite (claim_2_product_reachable AC (c := fun=> d)) // prodr_const card_ord.
+rewrite /variance_ratio -!VarE //; congr (_ / _).
+by rewrite /Var; congr (_ - _ ^+ 2); apply: eq_E => w sz_w; rewrite /= take_oversize ?sz_w.
+Qed.
