@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
 from itertools import pairwise
 
 import sympy as sp
@@ -13,16 +14,6 @@ import sympy as sp
 WIDTH = 120
 #: Lines that a single expression may take in the printed form.
 LINES = 16
-
-
-def positive(names: str) -> tuple[sp.Symbol, ...]:
-    """Positive symbols, at least two.
-
-    Example:
-        >>> positive("t H")
-        (t, H)
-    """
-    return tuple(sp.symbols(names, positive=True, seq=True))
 
 
 def is_zero(expression: sp.Expr, given: Sequence[sp.Basic] = ()) -> bool:
@@ -41,8 +32,8 @@ def is_zero(expression: sp.Expr, given: Sequence[sp.Basic] = ()) -> bool:
         return False
     if sp.expand(expression) == 0:
         return True
-    known = {fact: sp.true for fact in given} | {sp.Not(fact): sp.false for fact in given}
-    carried_out = expression.doit().xreplace(known)
+    known = dict.fromkeys(given, sp.true) | {sp.Not(fact): sp.false for fact in given}
+    carried_out = expression.doit().xreplace(known).replace(sp.erfc, lambda x: 1 - sp.erf(x))
     return any(
         rewrite(carried_out) == 0
         for rewrite in (
@@ -193,20 +184,20 @@ class Derivation:
     """Closed forms from their definition.
 
     Attributes:
-        name: As in `proofs.symbolic.DERIVATIONS`.
-        claims: Ids of the claims that it is about.
         says: What is derived, in one sentence.
         assumes: Under what.
         parts: Chains, solutions and signs, in the order of reading.
         numbers: What the results give where their symbols take values.
+        name: As in `DERIVATIONS`.
+        claims: Ids of the claims that it is about.
     """
 
-    name: str
-    claims: tuple[str, ...]
     says: str
     assumes: str
     parts: tuple[Chain | Solution | Sign, ...]
     numbers: Mapping[str, sp.Expr] = field(default_factory=dict)
+    name: str = ""
+    claims: tuple[str, ...] = ()
 
     def part(self, quantity: str) -> Chain | Solution | Sign:
         """The part about a quantity."""
@@ -242,6 +233,29 @@ class Derivation:
             for what, number in self.numbers.items():
                 shown = f"{number}" if number.is_Rational else f"{sp.N(number, 6)}"
                 yield f"    {what}: {shown}"
+
+
+#: Name of every derivation -> the function that carries it out (once).
+DERIVATIONS: dict[str, Callable[[], Derivation]] = {}
+#: Name of every derivation -> ids of the claims that it is about.
+CLAIMS: dict[str, tuple[str, ...]] = {}
+
+
+def about(*claims: str) -> Callable[[Callable[[], Derivation]], Callable[[], Derivation]]:
+    """A decorator that registers a derivation under its function's name, with the ids of its claims."""
+
+    def register(build: Callable[[], Derivation]) -> Callable[[], Derivation]:
+        name = build.__name__
+
+        @cache
+        @wraps(build)
+        def derive() -> Derivation:
+            return replace(build(), name=name, claims=claims)
+
+        DERIVATIONS[name], CLAIMS[name] = derive, claims
+        return derive
+
+    return register
 
 
 def _shown(sign: str, expression: sp.Expr, how: str) -> Iterator[str]:

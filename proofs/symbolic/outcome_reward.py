@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import sympy as sp
 
-from proofs.symbolic.derivation import Chain, Derivation, Sign, Solution
+from proofs.symbolic.derivation import Chain, Derivation, Sign, Solution, about
 from proofs.symbolic.strings import String, Strings, memoryless
 
 b, p, q = sp.symbols("b p q", positive=True)
 HALF = sp.Rational(1, 2)
-
 
 
 def _root(world: Strings, s: String, t: int) -> sp.Expr:
@@ -63,6 +62,7 @@ def moments(world: Strings, statistic: Callable[[String], sp.Expr]) -> tuple[sp.
 # --- what the weights estimate --------------------------------------------------------------------------------------
 
 
+@about("3.table", "3.token", "3.gspo")
 def ratio_table() -> Derivation:
     """Mean gradient of R = a1 a2 on one shared logit under six weights, with A^pi and with the reward."""
     u, v = sp.symbols("u v", positive=True)
@@ -102,8 +102,6 @@ def ratio_table() -> Derivation:
             )
             numbers[parts[-1].quantity] = end.subs(at)
     return Derivation(
-        "ratio_table",
-        ("3.table", "3.token", "3.gspo"),
         "Mean gradients in closed form: rho_t is exact with A^pi, rho_H always; the others are biased.",
         "two independent binary tokens, b(1) = b, pi(1) = q, R = a1 a2, one shared logit; numbers at b = 1/5, q = 4/5.",
         tuple(parts),
@@ -111,6 +109,7 @@ def ratio_table() -> Derivation:
     )
 
 
+@about("4.unbiased", "4.expectation")
 def outcome_sign() -> Derivation:
     """First logit's mean under rho_t with an outcome reward: the second token's law is that of b."""
     first, qb = sp.symbols("f q_b", positive=True)
@@ -127,7 +126,7 @@ def outcome_sign() -> Derivation:
             return reward(s) * world.score(s, 1)
 
         true = world.expectation(term, "target")
-        prefix = world.expectation(lambda s, term=term, world=world: world.rho(s, 1) * term(s))
+        prefix = world.expectation(world.reweighted(term, 1))
         parts += [
             Chain(
                 f"true gradient, R = {name}",
@@ -147,23 +146,24 @@ def outcome_sign() -> Derivation:
         f"{part.quantity}, first logit": part.result.subs(both if "a1 a2" in part.quantity else equal) for part in parts
     }
     return Derivation(
-        "outcome_sign",
-        ("4.unbiased", "4.expectation"),
-        "With an outcome reward rho_t leaves the second token to b: R = a1 a2 is underestimated, R = 1{a1 = a2} has the "
-        "wrong sign where q and q_b lie on either side of 1/2.",
+        "With an outcome reward rho_t leaves the second token to b: R = a1 a2 is underestimated, R = 1{a1 = a2} has "
+        "the wrong sign where q and q_b lie on either side of 1/2.",
         "two independent binary tokens, pi(1) = p then q, b(1) = f then q_b, first token's logit.",
         tuple(parts),
         numbers,
     )
 
 
+@about("4.variance")
 def outcome_term_variance() -> Derivation:
     """Variance of the first token's term under the cumulative and the sequence ratio, with an outcome reward."""
     qb = sp.Symbol("q_b", positive=True)
     world = Strings(2, memoryless(p, qb), memoryless(p, q), lambda s: sp.Integer(s[0] * s[1]))
-    found: dict[str, sp.Expr] = {}
-    for name, t in (("rho_1", 1), ("rho_2", 2)):
-        found[name] = moments(world, lambda s, t=t: world.rho(s, t) * world.score(s, 1) * world.reward(s))[1]
+
+    def term(s: String) -> sp.Expr:
+        return world.score(s, 1) * world.reward(s)
+
+    found = {name: moments(world, world.reweighted(term, t))[1] for name, t in (("rho_1", 1), ("rho_2", 2))}
     closed = {
         "rho_1": p * (1 - p) ** 2 * qb * (1 - p * qb),
         "rho_2": p * (1 - p) ** 2 * q**2 * (1 - p * qb) / qb,
@@ -188,8 +188,6 @@ def outcome_term_variance() -> Derivation:
         for name in closed
     }
     return Derivation(
-        "outcome_term_variance",
-        ("4.variance",),
         "With an outcome reward the first token's term varies more under rho_1 than under rho_2 where q < q_b.",
         "R = a1 a2, first token alike under both policies, pi(1) = b(1) = p, second pi(1) = q, b(1) = q_b.",
         tuple(parts),
@@ -209,7 +207,9 @@ def _first_order_parts(horizon: int, c: sp.Symbol) -> list[Chain]:
         return world.reward(s) - c
 
     past = here.expectation(
-        lambda s: reward(s) * sum(here.score(s, k) * here.score(s, t) for t in range(1, horizon + 1) for k in range(1, t))
+        lambda s: (
+            reward(s) * sum(here.score(s, k) * here.score(s, t) for t in range(1, horizon + 1) for k in range(1, t))
+        )
     )
     own = here.expectation(lambda s: reward(s) * sum(here.score(s, t) ** 2 for t in range(1, horizon + 1)))
     s1, diagonal = past.doit(), own.doit()
@@ -240,6 +240,7 @@ def _first_order_parts(horizon: int, c: sp.Symbol) -> list[Chain]:
     return parts
 
 
+@about("4.first_order")
 def first_order_half() -> Derivation:
     """Bias near b along one shared logit: laws for any reward, and exactly a half for R = a1 a2."""
     c = sp.Symbol("c", real=True)
@@ -261,10 +262,8 @@ def first_order_half() -> Derivation:
         )
         numbers[f"bias of {name}, b = 1/2, q = 3/4"] = closed[name].subs(at)
     return Derivation(
-        "first_order_half",
-        ("4.first_order",),
-        "To first order the bias along the step is -S1 for rho_t, -2 S1 for r_t and -(1 - 1/H)(2 S1 + D) for GSPO; with "
-        "R = a1 a2 that of rho_t is exactly half of that of r_t at any distance.",
+        "To first order the bias along the step is -S1 for rho_t, -2 S1 for r_t and -(1 - 1/H)(2 S1 + D) for GSPO; "
+        "with R = a1 a2 that of rho_t is exactly half of that of r_t at any distance.",
         "independent binary tokens with one shared logit, any reward R of the string less a constant c, H = 2 and 3; "
         "S1 = sum_{k<t} E_b[x_k x_t (R - c)], D = sum_t E_b[x_t^2 (R - c)].",
         tuple(parts),
@@ -282,6 +281,7 @@ def _equal_errors(bias: sp.Expr, prefix: sp.Expr, full: sp.Expr) -> tuple[sp.Sym
     return n, solution
 
 
+@about("4.crossover")
 def crossover_batch() -> Derivation:
     """n* of R = a1 a2, first logit: 3 (q + 1/2)/(q - 1/2) at b = 1/2."""
     world = all_ones(2, b, q)
@@ -290,8 +290,8 @@ def crossover_batch() -> Derivation:
         return world.reward(s) * world.score(s, 1)
 
     true = world.expectation(term, "target")
-    mean, prefix = moments(world, lambda s: world.rho(s, 1) * term(s))
-    full = moments(world, lambda s: world.rho(s, 2) * term(s))[1]
+    mean, prefix = moments(world, world.reweighted(term, 1))
+    full = moments(world, world.reweighted(term, 2))[1]
     bias, var_prefix, var_full = (
         -q * (1 - q) * (q - b),
         q**2 * (1 - q) ** 2 * (1 - b**2),
@@ -302,11 +302,9 @@ def crossover_batch() -> Derivation:
     special = 3 * (q + HALF) / (q - HALF)
     rates = [sp.Rational(x, 100) for x in (51, 55, 60, 75, 90, 40)]
     return Derivation(
-        "crossover_batch",
-        ("4.crossover",),
-        "Mean squared errors of the two weights are equal at n* = (1 - b^2)(q + b)/(b^2 (q - b)), 3 (q + 1/2)/(q - 1/2) "
-        "where b = 1/2.",
-        "R = a1 a2, independent binary tokens, b(1) = b, pi(1) = q at both, first token's logit, n independent strings.",
+        "Mean squared errors of the two weights are equal at n* = (1 - b^2)(q + b)/(b^2 (q - b)), 3 (q + 1/2)/(q - "
+        "1/2) where b = 1/2.",
+        "R = a1 a2, independent binary tokens, b(1) = b, pi(1) = q, first token's logit, n independent strings.",
         (
             Chain("bias of rho_t", (("E_b[rho_1 g_1 R] - E_pi[g_1 R]", mean - true), ("collected", bias))),
             Chain("variance of rho_t", (("over the four strings", prefix), ("collected", var_prefix))),
@@ -325,9 +323,11 @@ def crossover_batch() -> Derivation:
     )
 
 
+@about("4.crossover")
 def crossover_batch_all_ones() -> Derivation:
     """n* of R = prod a_t over the logits of all positions, for every H."""
-    r, horizon, t = sp.Symbol("r", positive=True), *sp.symbols("H t", integer=True, positive=True)
+    r = sp.Symbol("r", positive=True)
+    horizon, t = sp.symbols("H t", integer=True, positive=True)
     power = b**horizon
     square = sp.Sum((r**horizon - r**t) ** 2, (t, 1, horizon))
     powers, squares = r * (r**horizon - 1) / (r - 1), r**2 * (r ** (2 * horizon) - 1) / (r**2 - 1)
@@ -347,12 +347,10 @@ def crossover_batch_all_ones() -> Derivation:
                 return world.reward(s) * world.score(s, position)
 
             true = world.expectation(term, "target")
-            mean, variance = moments(
-                world, lambda s, world=world, position=position, term=term: world.rho(s, position) * term(s)
-            )
+            mean, variance = moments(world, world.reweighted(term, position))
             bias_square += (mean - true) ** 2
             prefix += variance
-            full += moments(world, lambda s, world=world, size=size, term=term: world.rho(s, size) * term(s))[1]
+            full += moments(world, world.reweighted(term, size))[1]
         scale = (1 - q) ** 2 * b ** (2 * size)
         at = {horizon: size, r: q / b}
         parts += [
@@ -411,10 +409,8 @@ def crossover_batch_all_ones() -> Derivation:
         numbers[f"n*, H = {size}, b = 1/2, q = 3/5"] = closed.subs(where)
         numbers[f"relative bias, H = {size}, b = 1/2, q = 3/5"] = relative.subs(where).doit()
     return Derivation(
-        "crossover_batch_all_ones",
-        ("4.crossover",),
         "n* = (b^-H - 1) sum_t (r^2H - r^2t) / sum_t (r^H - r^t)^2 with r = q/b, for every H, in closed form.",
-        "R = 1 if all H independent binary tokens are 1, b(1) = b, pi(1) = q, trace over one logit per position, r != 1.",
+        "R = 1 if all H independent binary tokens are 1, b(1) = b, pi(1) = q, one logit per position, r != 1.",
         tuple(parts),
         numbers,
     )
@@ -423,6 +419,7 @@ def crossover_batch_all_ones() -> Derivation:
 # --- 9: with and without detaching ----------------------------------------------------------------------------------
 
 
+@about("9.target_advantage", "9.behavior_advantage", "9.outcome", "9.action_value")
 def stop_gradient_table() -> Derivation:
     """Means of the stop-gradient form and of the un-detached product with four advantages, R = a1 a2."""
     world = all_ones(2, b, q)
@@ -468,8 +465,6 @@ def stop_gradient_table() -> Derivation:
                 )
                 numbers[parts[-1].quantity] = parts[-1].result.subs(at)
     return Derivation(
-        "stop_gradient_table",
-        ("9.target_advantage", "9.behavior_advantage", "9.outcome", "9.action_value"),
         "With A^pi both forms are exact, with A^b only the un-detached product, with R neither, with Q^pi only "
         "stop-gradient.",
         "two independent binary tokens, b(1) = b, pi(1) = q, R = a1 a2, one shared logit; numbers at b = 1/2, q = 3/4.",

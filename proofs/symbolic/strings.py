@@ -60,7 +60,7 @@ class Strings:
         return sp.Mul(*(self.ratio(string, k) for k in range(1, t + 1)))
 
     def score(self, string: String, t: int) -> sp.Expr:
-        """d log pi(a_t|s_t) / d logit of a 1, a_t - pi(1|s_t)."""
+        """Derivative of log pi(a_t|s_t) in the logit of a 1, a_t - pi(1|s_t)."""
         return string[t - 1] - self.pi(string[: t - 1])
 
     def value(self, who: Who, prefix: String) -> sp.Expr:
@@ -77,6 +77,10 @@ class Strings:
         """Sum over strings of probability times statistic, as it stands; terms that are 0 are left out."""
         terms = [sp.Mul(self.chance(who, s), statistic(s), evaluate=False) for s in self.all() if statistic(s) != 0]
         return sp.Add(*terms, evaluate=False) if len(terms) != 1 else terms[0]
+
+    def reweighted(self, statistic: Statistic, t: int) -> Statistic:
+        """The statistic times rho_t."""
+        return lambda string: self.rho(string, t) * statistic(string)
 
     def total(self, term: Callable[[String, int], sp.Expr]) -> Statistic:
         """The statistic sum_t term(string, t)."""

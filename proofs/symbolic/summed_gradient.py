@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import sympy as sp
 
-from proofs.symbolic.derivation import Chain, Derivation
+from proofs.symbolic.derivation import Chain, Derivation, about
 from proofs.symbolic.outcome_reward import any_reward, b, moments, p, q
 from proofs.symbolic.strings import String, Strings, memoryless
 
@@ -30,6 +30,7 @@ def variances(world: Strings) -> tuple[sp.Expr, sp.Expr]:
     return found[0], found[1]
 
 
+@about("5.slope")
 def variance_slope() -> Derivation:
     """d(Var Z - Var Y)/dq at q = b, for any reward of two tokens."""
     world, rewards = any_reward(2, b, q)
@@ -59,8 +60,6 @@ def variance_slope() -> Derivation:
         parts.append(Chain(f"slope for R = {name}", (("by substitution", law.subs(at)), ("factored", end))))
         numbers[f"slope for R = {name}, b = 1/3"] = end.subs(b, THIRD)
     return Derivation(
-        "variance_slope",
-        ("5.slope",),
         "At pi = b the slope of Var Z - Var Y along the shared logit is 2 sum E_b[x_k f_s f_t], of either sign.",
         "two independent binary tokens with one shared logit, b(1) = b, pi(1) = q, A^pi; slope per unit of q.",
         tuple(parts),
@@ -81,6 +80,7 @@ def tilted(world: Strings) -> Strings:
     return Strings(world.horizon, one, world.pi, world.reward)
 
 
+@about("5.ordered", "5.direction", "5.zero_variance")
 def zero_variance() -> Derivation:
     """R = a1 + a2 with b proportional to pi F: the sequence weight has variance 0, the prefix weight has not."""
     plain = Strings(2, memoryless(p, p), memoryless(p, p), lambda s: sp.Integer(s[0] + s[1]))
@@ -100,8 +100,6 @@ def zero_variance() -> Derivation:
     numbers = {f"{name} at pi = 1/3": value.subs(at) for name, value in ones.items()}
     numbers |= {"Var Z": sp.Integer(0), "Var Y at pi = 1/3": end.subs(at)}
     return Derivation(
-        "zero_variance",
-        ("5.ordered", "5.direction", "5.zero_variance"),
         "Under b proportional to pi F the full-sequence weight has variance 0 and the prefix weight has not, for every "
         "pi(1) = p but 1/2.",
         "two binary tokens with one shared logit, independent under pi, R = a1 + a2, A^pi.",

@@ -6,7 +6,7 @@ from itertools import product
 
 import sympy as sp
 
-from proofs.symbolic.derivation import Chain, Derivation, Sign, Solution
+from proofs.symbolic.derivation import Chain, Derivation, Sign, Solution, about
 from proofs.symbolic.gaussian import density
 from proofs.symbolic.strings import String, Strings, memoryless
 
@@ -34,6 +34,7 @@ def _moment_at(steps: sp.Expr) -> sp.Expr:
     return solution.value.subs(solution.unknown.args[0], steps)
 
 
+@about("2r.bounds")
 def variance_ratio() -> Derivation:
     """Var(rho_H) / Var(rho_t) with one shared chi2, and its two bounds."""
     moments = second_moment()
@@ -47,12 +48,8 @@ def variance_ratio() -> Derivation:
     at_inverse = (d / (1 + d)) ** 2 / (n * (n + 1)) * weighted.subs(x, inverse)
     at_growth = d**2 / (n * (n + 1)) * weighted.subs(x, 1 + d)
     rise = sp.Sum((1 + d) ** (j - 1), (j, 1, n))
-    numbers = {
-        f"H = 5, d = 1/4, t = {at}": ratio.subs({d: sp.Rational(1, 4), HORIZON: 5, t: at}) for at in range(1, 6)
-    }
+    numbers = {f"H = 5, d = 1/4, t = {at}": ratio.subs({d: sp.Rational(1, 4), HORIZON: 5, t: at}) for at in range(1, 6)}
     return Derivation(
-        "variance_ratio",
-        ("2r.bounds",),
         "Var(rho_H)/Var(rho_t) = ((1+d)^H - 1)/((1+d)^t - 1), which for t <= H is at least H/t and (1+d)^(H-t), and at "
         "most (H/t)(1+d)^(H-t).",
         "chi2(s) = d > 0 at every prefix; absolute continuity.",
@@ -103,14 +100,13 @@ def variance_ratio() -> Derivation:
     )
 
 
+@about("2r.limit")
 def variance_ratio_limits() -> Derivation:
     """Limits of the variance ratio and of the printed factor, which are two expressions."""
     ratio = (_moment_at(HORIZON) - 1) / (_moment_at(t) - 1)
     growth = (1 + d) ** (HORIZON - t)
     later = ratio.subs(HORIZON, t + k) / growth.subs(HORIZON, t + k)
     return Derivation(
-        "variance_ratio_limits",
-        ("2r.limit",),
         "As d -> 0 the exact ratio tends to H/t while (1+d)^(H-t) tends to 1; as (1+d)^t grows the two agree.",
         "chi2(s) = d > 0 at every prefix; absolute continuity.",
         (
@@ -131,6 +127,7 @@ def variance_ratio_limits() -> Derivation:
     )
 
 
+@about("2.general", "2.product")
 def product_formula_error() -> Derivation:
     """Two tokens: E_b rho_2^2 minus the product of 1 + chi2 is a covariance."""
     b, p, down, up = sp.symbols("b p c_0 c_1", positive=True)
@@ -145,13 +142,17 @@ def product_formula_error() -> Derivation:
     at = {b: sp.Rational(1, 2), p: sp.Rational(3, 4)}
     quarter = sp.Rational(1, 4)
     numbers = {}
-    for name, values in {"up-weighted": (0, quarter), "down-weighted": (quarter, 0), "both": (quarter, quarter)}.items():
+    for name, values in {
+        "up-weighted": (0, quarter),
+        "down-weighted": (quarter, 0),
+        "both": (quarter, quarter),
+    }.items():
         where = at | dict(zip((down, up), values, strict=True))
         numbers[f"Var(rho_2), chi2 = 1/4 after {name}"] = sp.Rational((second - 1).subs(where))
-        numbers[f"product formula, chi2 = 1/4 after {name}"] = sp.Rational(((1 + first) * (1 + marginal) - 1).subs(where))
+        numbers[f"product formula, chi2 = 1/4 after {name}"] = sp.Rational(
+            ((1 + first) * (1 + marginal) - 1).subs(where)
+        )
     return Derivation(
-        "product_formula_error",
-        ("2.general", "2.product"),
         "Var(rho_2) exceeds (1 + chi2_1)(1 + chi2_2) - 1 by Cov_b(rho_1^2, chi2(s_2)), which has either sign and "
         "vanishes where chi2(s_2) is constant.",
         "a first binary token with b(1) = b, pi(1) = p; any second token with chi2 = c_a after a first token a.",
@@ -186,6 +187,7 @@ def _above(expression: sp.Expr, b: sp.Symbol, p: sp.Symbol, chi2: sp.Symbol) -> 
     return sp.factor(expression.subs({b: u / total, p: (u + v) / total}))
 
 
+@about("8.scale", "8.population")
 def effective_sample_size() -> Derivation:
     """Population effective sample size with one shared chi2 and for a Gaussian log-ratio; when half is left."""
     sigma, time = sp.symbols("sigma t", positive=True)
@@ -204,10 +206,8 @@ def effective_sample_size() -> Derivation:
     }
     ess = 1 / _moment_at(t)
     return Derivation(
-        "effective_sample_size",
-        ("8.scale", "8.population"),
-        "The effective sample size is (1+d)^-t of the batch, exp(-sigma^2 t) for a Gaussian log rho_t, of which half is "
-        "left at t = log(2)/sigma^2.",
+        "The effective sample size is (1+d)^-t of the batch, exp(-sigma^2 t) for a Gaussian log rho_t, of which half "
+        "is left at t = log(2)/sigma^2.",
         "chi2(s) = d at every prefix; or log rho_t normal with variance sigma^2 t and E_b rho_t = 1.",
         (
             second_moment(),
@@ -249,6 +249,7 @@ def _pair_terms(horizon: int, p: sp.Symbol) -> sp.Expr:
     return sp.Mul(half ** (2 * horizon), sp.Add(*pairs), evaluate=False)
 
 
+@about("8.batch")
 def sample_effective_sample_size() -> Derivation:
     """Expected sample ESS of two sequences, and one batch whose ESS rises."""
     p = sp.Symbol("p", positive=True)
@@ -296,8 +297,6 @@ def sample_effective_sample_size() -> Derivation:
     ]
     numbers |= {"{10, 01}, p = 3/4, t = 1": one.subs(p, sp.Rational(3, 4)), "{10, 01}, t = 2": sp.Integer(2)}
     return Derivation(
-        "sample_effective_sample_size",
-        ("8.batch",),
         "The sample effective sample size of a batch can rise with t; its expectation over two independent binary "
         "strings, which falls here, in closed form.",
         "independent binary tokens, b = 1/2, pi(1) = p.",
