@@ -328,3 +328,308 @@ by congr (_ - _ ^+ _); apply: eq_E => u _; rewrite /M addrK.
 Qed.
 
 End Drift.
+
+(* --- 7.third_policy -------------------------------------------------------------------------------------------------- *)
+
+Section ThirdPolicy.
+
+Variables (R : realFieldType) (A : finType) (mu : policy R A).
+Implicit Types lmu lb lpi : seq A -> A -> R.
+
+(* KL(mu||p) at a history, from log-probabilities lmu of mu and lp of p. *)
+Definition divergence_from (lmu lp : seq A -> A -> R) s : R := next mu s (fun a => lmu s a - lp s a).
+
+(* 7.third_policy: where mu writes the tokens, log (pi/b) drifts by KL(mu||b) - KL(mu||pi) a token, here for any
+   functions lmu, lb, lpi in the place of the log-probabilities. *)
+Theorem claim_7_third_policy_drift lmu lb lpi H t : (t <= H)%N ->
+  E mu H [::] (fun w => path_sum (fun s a => lpi s a - lb s a) (take t w)) =
+  \sum_(k < t) E mu H [::] (fun w => divergence_from lmu lb (take k w) - divergence_from lmu lpi (take k w)).
+Proof.
+move=> le_tH; rewrite claim_7_drift // -sumrN; apply: eq_bigr => k _; rewrite -E_opp; apply: eq_E => u _.
+rewrite /kappa opprK /divergence_from /next -sumrB; apply: eq_bigr => a _.
+by ring.
+Qed.
+
+End ThirdPolicy.
+
+(* --- 7.power --------------------------------------------------------------------------------------------------------- *)
+
+Section Powers.
+
+Variable R : realFieldType.
+Implicit Types (kappa eps x : R) (m n t : nat).
+
+(* Linear drift passes a window eps sqrt(t) for good at t = (eps / kappa)^2: kappa t > eps sqrt(t) then and only then.
+   Squares, so that no root is needed. *)
+Theorem claim_7_power_sqrt kappa eps t : 0 < kappa -> (0 < t)%N ->
+  (eps ^+ 2 * t%:R < (kappa * t%:R) ^+ 2) = ((eps / kappa) ^+ 2 < t%:R).
+Proof.
+move=> kappa_gt0 t_gt0; have tR_gt0 : 0 < t%:R :> R by rewrite ltr0n.
+by rewrite exprMn [t%:R ^+ 2]expr2 mulrA ltr_pmul2r // mulrC expr_div_n ltr_pdivr_mulr ?exprn_gt0 //.
+Qed.
+
+(* The same for the power p = m/n < 1: (kappa t)^n > eps^n t^m, that is kappa t > eps t^p, for t > (eps / kappa)^n. *)
+Theorem claim_7_power_rational kappa eps m n t : 0 < kappa -> (m < n)%N -> (0 < t)%N ->
+  (eps / kappa) ^+ n < t%:R -> eps ^+ n * t%:R ^+ m < (kappa * t%:R) ^+ n.
+Proof.
+move=> kappa_gt0 lt_mn t_gt0 lt_t; have tR_gt0 : 0 < t%:R :> R by rewrite ltr0n.
+rewrite exprMn -[in t%:R ^+ n](subnK (ltnW lt_mn)) exprD mulrA ltr_pmul2r ?exprn_gt0 //.
+rewrite -ltr_pdivr_mull ?exprn_gt0 // mulrC -expr_div_n (lt_le_trans lt_t) //.
+by rewrite -(subnSK lt_mn) exprS ler_pmulr // exprn_ege1 // ler1n.
+Qed.
+
+(* Sequences: what holds from some t on, limits, and c_t = o(t). *)
+Definition eventually (P : nat -> Prop) := exists N, forall t, (N <= t)%N -> P t.
+Definition tends_to (x : nat -> R) (limit : R) := forall eps, 0 < eps -> eventually (fun t => `|x t - limit| < eps).
+Definition little_o (c : nat -> R) := forall delta, 0 < delta -> eventually (fun t => `|c t| <= delta * t%:R).
+
+Lemma eventually_and P Q : eventually P -> eventually Q -> eventually (fun t => P t /\ Q t).
+Proof.
+move=> [N holds_P] [M holds_Q]; exists (maxn N M) => t; rewrite geq_max => /andP[le_Nt le_Mt].
+by split; [apply: holds_P | apply: holds_Q].
+Qed.
+
+Lemma eventually_sub (P Q : nat -> Prop) : (forall t, P t -> Q t) -> eventually P -> eventually Q.
+Proof. by move=> sub [N holds]; exists N => t /holds /sub. Qed.
+
+End Powers.
+
+Section Limits.
+
+Variables (R : realFieldType) (A : finType) (b : policy R A) (S : nat -> seq A -> R) (kappa : R).
+Implicit Type c : nat -> R.
+
+(* S_t / t tends to - kappa in probability; S_t is any function of the first t tokens, such as log rho_t. *)
+Definition drifts := forall delta, 0 < delta -> tends_to (fun t => Pr b t (fun w => delta * t%:R <= `|S t w + kappa * t%:R|)) 0.
+
+Hypothesis kappa_gt0 : 0 < kappa.
+
+Lemma outside c : little_o c -> eventually (fun t => forall w,
+  S t w < - c t \/ kappa / 2%:R * t%:R <= `|S t w + kappa * t%:R|).
+Proof.
+move=> oc; have half_gt0 : 0 < kappa / 2%:R by rewrite divr_gt0 ?ltr0n.
+apply: eventually_sub (oc _ half_gt0) => t small w.
+have [lt | ge] := ltP (S t w) (- c t); [by left | right].
+apply: le_trans (ler_norm _); rewrite -subr_ge0.
+move: small; set h := kappa / 2%:R => small; have -> : kappa = h + h by rewrite -splitr.
+have -> : S t w + (h + h) * t%:R - h * t%:R = (S t w - - c t) + (h * t%:R - c t) by ring.
+by rewrite addr_ge0 // subr_ge0 // (le_trans (ler_norm _)).
+Qed.
+
+Lemma little_o_opp c : little_o c -> little_o (fun t => - c t).
+Proof. by move=> oc delta /oc; apply: eventually_sub => t; rewrite normrN. Qed.
+
+(* Where the low rate of every window o(t) tends to 1, its high rate tends to 0. *)
+Lemma high_of_low : (forall c, little_o c -> tends_to (fun t => Pr b t (fun w => S t w < - c t)) 1) ->
+  forall c, little_o c -> tends_to (fun t => Pr b t (fun w => c t < S t w)) 0.
+Proof.
+move=> low c /little_o_opp /low lim eps /lim; apply: eventually_sub => t; apply: le_lt_trans.
+rewrite subr0 distrC ger0_norm ?Pr_ge0 // ger0_norm ?subr_ge0 ?Pr_le1 // -Pr_not; apply: Pr_le => u _.
+by rewrite opprK -leNgt => /ltW.
+Qed.
+
+(* 7.power: if S_t / t (log rho_t / t) tends to - kappa < 0 in probability, every window c_t = o(t) around 0 is left
+   downwards: P_b(S_t < - c_t) tends to 1 and P_b(S_t > c_t) to 0. At large t, S_t >= - c_t puts S_t at least
+   (kappa/2) t away from - kappa t. *)
+Theorem claim_7_power c : drifts -> little_o c ->
+  tends_to (fun t => Pr b t (fun w => S t w < - c t)) 1 /\ tends_to (fun t => Pr b t (fun w => c t < S t w)) 0.
+Proof.
+move=> drift; have low c' : little_o c' -> tends_to (fun t => Pr b t (fun w => S t w < - c' t)) 1.
+  move=> oc eps eps_gt0; have half_gt0 : 0 < kappa / 2%:R by rewrite divr_gt0 ?ltr0n.
+  have := eventually_and (outside oc) (drift _ half_gt0 eps eps_gt0).
+  apply: eventually_sub => t [out]; rewrite subr0; apply: le_lt_trans.
+  rewrite distrC !ger0_norm ?subr_ge0 ?Pr_le1 ?Pr_ge0 // -Pr_not; apply: Pr_le => u _ /negP not_low.
+  by case: (out u).
+by move=> oc; split; [apply: low | apply: high_of_low].
+Qed.
+
+(* So no such window has a flat low rate, but for the rate 1, nor a flat high rate, but for the rate 0. *)
+Theorem claim_7_power_no_flat_rate c r : drifts -> little_o c ->
+  ((forall t, Pr b t (fun w => S t w < - c t) = r) -> r = 1) /\
+  ((forall t, Pr b t (fun w => c t < S t w) = r) -> r = 0).
+Proof.
+have flat x limit : (forall t, x t = r) -> tends_to x limit -> r = limit.
+  move=> eq_x lim; apply/eqP; rewrite -subr_eq0 -normr_eq0; apply: contraT => neq0.
+  have [|N far] := lim `|r - limit|; first by rewrite lt_def neq0 normr_ge0.
+  by have := far N (leqnn N); rewrite eq_x ltxx.
+move=> drift oc; have [low high] := claim_7_power drift oc.
+by split=> eq_r; apply: flat eq_r _.
+Qed.
+
+End Limits.
+
+(* When is it so? Chebyshev's inequality. *)
+Section Chebyshev.
+
+Variables (R : realFieldType) (A : finType) (b : policy R A) (l : seq A -> A -> R) (k v : R).
+Implicit Types (n t : nat) (c : R).
+
+Hypothesis v_ge : forall s, reachable b s -> token_variance b l s <= v.
+
+Lemma reachable_token_variance t : E b t [::] (token_variance b l) <= v.
+Proof. by rewrite -(E_const b t [::] v); apply: E_le_reachable => u _; apply: v_ge. Qed.
+
+Lemma fluctuation_square n : E b n [::] (fun w => path_sum (fluctuation b l) w ^+ 2) <= v * n%:R.
+Proof.
+have mean0 : E b n [::] (path_sum (fluctuation b l)) = 0.
+  transitivity (E b n [::] (fun w => \sum_(t < n) step (fluctuation b l) t w)).
+    by apply: eq_E => u sz_u; rewrite (path_sum_all _ sz_u).
+  rewrite E_sum; apply: big1 => t _; rewrite E_step // -[RHS](E0 b t [::]).
+  by apply: eq_E => u _; apply: next_fluctuation.
+have := Var_fluctuation b l n; rewrite /Var mean0 expr0n subr0 => ->.
+rewrite mulr_natr -[X in _ *+ X]card_ord -sumr_const; apply: ler_sum => t _; exact: reachable_token_variance.
+Qed.
+
+(* Where every token costs at least k on the average and its variance is at most v, at each history that b can reach (the
+   drift may differ from one to the next, and from one sequence to the next), the share of the sequences that are still
+   above - c after n tokens is at most v n / (k n - c)^2. *)
+Theorem claim_7_power_bound n c : (forall s, reachable b s -> k <= kappa b l s) -> c < k * n%:R ->
+  Pr b n (fun w => - c <= path_sum l w) <= v * n%:R / (k * n%:R - c) ^+ 2.
+Proof.
+move=> k_le lt_c; have gap_gt0 : 0 < k * n%:R - c by rewrite subr_gt0.
+apply: le_trans (ler_wpmul2r _ (fluctuation_square n)); last by rewrite invr_ge0 exprn_ge0 // ltW.
+apply: le_trans (markov_square _ _ _ gap_gt0); apply: E_le_reachable => u sz_u reach.
+have [ge|] := boolP (- c <= _); last by rewrite ler0n.
+suff -> : k * n%:R - c <= `|path_sum (fluctuation b l) u| by [].
+apply: le_trans (ler_norm _); rewrite (path_sum_fluctuation b l sz_u) addrC; apply: ler_add => //.
+rewrite mulr_natr -[X in _ *+ X]card_ord -sumr_const; apply: ler_sum => t _; apply: k_le; exact: reachable_take.
+Qed.
+
+(* Where the drift is the same k everywhere: P(|S_n + k n| >= d) <= v n / d^2. *)
+Lemma constant_drift_bound n d : (forall s, reachable b s -> kappa b l s = k) -> 0 < d ->
+  Pr b n (fun w => d <= `|path_sum l w + k * n%:R|) <= v * n%:R / d ^+ 2.
+Proof.
+move=> const d_gt0; apply: le_trans (ler_wpmul2r _ (fluctuation_square n)); last by rewrite invr_ge0 exprn_ge0 // ltW.
+apply: le_trans (markov_square _ _ _ d_gt0); apply: E_le_reachable => u sz_u reach.
+rewrite (path_sum_fluctuation b l sz_u) /kappa_sum (eq_bigr (fun=> k)) => [|t _]; last first.
+  by apply: const; apply: reachable_take.
+by rewrite sumr_const card_ord mulr_natr.
+Qed.
+
+End Chebyshev.
+
+(* The limits, in a field where some integer exceeds every number. *)
+Section Archimedean.
+
+Variables (R : archiFieldType) (A : finType) (b : policy R A) (l : seq A -> A -> R) (k v : R).
+Implicit Types (n m t : nat) (c : nat -> R).
+
+Lemma eventually_above (x : R) : eventually (fun t => x < t%:R).
+Proof.
+exists (Num.bound `|x|) => t le_t; apply: le_lt_trans (ler_norm x) _.
+by apply: lt_le_trans (archi_boundP (normr_ge0 x)) _; rewrite ler_nat.
+Qed.
+
+(* Every window of a power p = m/n < 1, with c_t^n = eps^n t^m, is o(t); so is every smaller one. *)
+Theorem claim_7_power_window c eps m n : (m < n)%N -> (forall t, 0 <= c t) ->
+  (forall t, c t ^+ n <= eps ^+ n * t%:R ^+ m) -> little_o c.
+Proof.
+move=> lt_mn c_ge0 c_le delta delta_gt0.
+have := eventually_and (eventually_above ((eps / delta) ^+ n)) (eventually_above 0).
+apply: eventually_sub => t [lt_t]; rewrite ltr0n => t_gt0; rewrite ger0_norm //.
+have n_gt0 : (0 < n)%N by apply: leq_ltn_trans lt_mn.
+rewrite -(ler_pexpn2r n_gt0) ?nnegrE ?mulr_ge0 ?ler0n ?(ltW delta_gt0) //.
+by apply: le_trans (c_le t) _; rewrite ltW // claim_7_power_rational.
+Qed.
+
+Lemma vanishing (h eps : R) : 0 < h -> 0 < eps ->
+  eventually (fun t => 0 < t%:R :> R /\ v * t%:R / (h * t%:R) ^+ 2 < eps).
+Proof.
+move=> h_gt0 eps_gt0; have h2_gt0 : 0 < h ^+ 2 by rewrite exprn_gt0.
+apply: eventually_sub (eventually_and (eventually_above 0) (eventually_above (v / h ^+ 2 / eps))) => t [t_gt0 lt_t].
+split=> //; rewrite exprMn [t%:R ^+ 2]expr2 mulrA -mulf_div divff ?gt_eqF // mulr1.
+by move: lt_t; rewrite !ltr_pdivr_mulr ?mulr_gt0 //; congr (v < _); ring.
+Qed.
+
+Hypothesis v_ge : forall s, reachable b s -> token_variance b l s <= v.
+
+(* 7.power without a limit among its premises: a drift of at least k > 0 and a variance of at most v for each token, at
+   every history that b can reach, are enough. The sequences may diverge at different speeds. *)
+Theorem claim_7_power_least_drift c : 0 < k -> (forall s, reachable b s -> k <= kappa b l s) -> little_o c ->
+  tends_to (fun t => Pr b t (fun w => path_sum l w < - c t)) 1 /\
+  tends_to (fun t => Pr b t (fun w => c t < path_sum l w)) 0.
+Proof.
+move=> k_gt0 k_le; pose S (t : nat) := path_sum l; have h_gt0 : 0 < k / 2%:R by rewrite divr_gt0 ?ltr0n.
+have low c' : little_o c' -> tends_to (fun t => Pr b t (fun w => S t w < - c' t)) 1.
+  move=> oc eps eps_gt0; apply: eventually_sub (eventually_and (oc _ h_gt0) (vanishing h_gt0 eps_gt0)) => t.
+  move=> [le_c [t_gt0 lt_eps]]; rewrite distrC ger0_norm ?subr_ge0 ?Pr_le1 // -Pr_not.
+  apply: le_lt_trans lt_eps; apply: (@le_trans _ _ (Pr b t (fun w => - (k / 2%:R * t%:R) <= path_sum l w))).
+    apply: Pr_le => u _; rewrite -leNgt; apply: le_trans; rewrite ler_opp2.
+    exact: le_trans (ler_norm _) le_c.
+  have kh : k * t%:R - k / 2%:R * t%:R = k / 2%:R * t%:R by rewrite {1}(splitr k) mulrDl addrK.
+  have := claim_7_power_bound (n := t) (c := k / 2%:R * t%:R) v_ge k_le; rewrite kh; apply.
+  by rewrite -subr_gt0 kh mulr_gt0.
+by move=> oc; split; [apply: low | apply: high_of_low].
+Qed.
+
+(* The premise of claim_7_power: with the same drift k at every history, log rho_t / t tends to - k in probability. *)
+Theorem claim_7_power_constant_drift : (forall s, reachable b s -> kappa b l s = k) -> drifts b (fun=> path_sum l) k.
+Proof.
+move=> const delta delta_gt0 eps eps_gt0; apply: eventually_sub (vanishing delta_gt0 eps_gt0) => t [t_gt0].
+rewrite subr0 ger0_norm ?Pr_ge0 //; apply: le_lt_trans.
+by apply: constant_drift_bound; rewrite ?mulr_gt0.
+Qed.
+
+End Archimedean.
+
+(* --- 7.crossover, 7.centered, 7.pi_mass ------------------------------------------------------------------------------ *)
+
+Section Rates.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A).
+Implicit Types (X : seq A -> R) (c eps : R) (n t : nat).
+
+(* With the drift sigma^2/2 of a Gaussian log rho_t, drift and window are equal at t = (2 eps / sigma^2)^2; the window is
+   the number c >= 0 with c^2 = eps^2 t. *)
+Theorem claim_7_crossover_time eps (sigma2 : R) c t : 0 < sigma2 -> (0 < t)%N -> 0 <= c -> c ^+ 2 = eps ^+ 2 * t%:R ->
+  (c < sigma2 / 2%:R * t%:R) = ((2%:R * eps / sigma2) ^+ 2 < t%:R).
+Proof.
+move=> sigma2_gt0 t_gt0 c_ge0 c2; have kappa_gt0 : 0 < sigma2 / 2%:R by rewrite divr_gt0 ?ltr0n.
+have -> : 2%:R * eps / sigma2 = eps / (sigma2 / 2%:R) by rewrite invf_div mulrCA mulrA.
+rewrite -(@claim_7_power_sqrt _ (sigma2 / 2%:R)) // -c2.
+by rewrite ltr_pexpn2r // nnegrE // pmulr_rge0 ?ler0n.
+Qed.
+
+(* 7.crossover: let - m be a median of log rho_t (of a Gaussian: its mean, m = kappa t). A window - c below which m has
+   sunk leaves out at least half of the sequences; one below which it has not, at most half. *)
+Theorem claim_7_crossover_half n X m c : Pr b n (fun w => X w < - m) <= 2%:R^-1 <= Pr b n (fun w => X w <= - m) ->
+  (m <= c -> Pr b n (fun w => X w < - c) <= 2%:R^-1) /\ (c < m -> 2%:R^-1 <= Pr b n (fun w => X w < - c)).
+Proof.
+move=> /andP[lower upper]; split=> [le_mc | lt_cm].
+  by apply: le_trans lower; apply: Pr_le => u _ lt; apply: lt_le_trans lt _; rewrite ler_opp2.
+by apply: le_trans upper _; apply: Pr_le => u _ le; apply: le_lt_trans le _; rewrite ltr_opp2.
+Qed.
+
+(* A window centered on the drift, whatever the law of the log-ratio: of a variance of at most sigma^2 t no more than
+   (sigma / eps)^2 lies at a distance of eps sqrt(t), at any t. *)
+Theorem claim_7_centered_bound n X eps (sigma2 : R) c : 0 < c -> c ^+ 2 = eps ^+ 2 * n%:R ->
+  Var b n [::] X <= sigma2 * n%:R -> Pr b n (fun w => c <= `|X w - E b n [::] X|) <= sigma2 / eps ^+ 2.
+Proof.
+move=> c_gt0 c2 var_le; apply: le_trans (chebyshev b n X c_gt0) _.
+have := exprn_gt0 2 c_gt0; rewrite c2 => pos.
+have n_neq0 : n%:R != 0 :> R by apply: contraTneq pos => ->; rewrite mulr0 ltxx.
+have e_gt0 : 0 < eps ^+ 2 by rewrite lt_def sqr_ge0 andbT; apply: contraTneq pos => ->; rewrite mul0r ltxx.
+by rewrite ler_pdivr_mulr // mulrA divfK ?gt_eqF.
+Qed.
+
+(* 7.pi_mass: what a window takes of the weights rho_n is the share of the strings that it clips under pi. *)
+Theorem claim_7_pi_mass_share n (clipped : pred (seq A)) : absolutely_continuous b pi ->
+  E b n [::] (fun w => rho b pi w * (clipped w)%:R) = Pr pi n clipped.
+Proof. by move=> AC; rewrite change_of_measure ?reachable_nil // rho_nil mul1r. Qed.
+
+End Rates.
+
+(* Under pi the log-ratio rises: S_t / t tends to some kappa' > 0. Then every window o(t) takes, in the limit, all of the
+   weight rho_t (the gradient mass of A > 0) at its upper end, while under b nobody is there. *)
+Theorem claim_7_pi_mass_limit (R : realFieldType) (A : finType) (b pi : policy R A) (S : nat -> seq A -> R)
+    (kappa kappa' : R) (c : nat -> R) :
+  absolutely_continuous b pi -> 0 < kappa -> 0 < kappa' -> drifts b S kappa ->
+  drifts pi (fun t w => - S t w) kappa' -> little_o c ->
+  tends_to (fun t => E b t [::] (fun w => rho b pi w * (c t < S t w)%R%:R)) 1 /\
+  tends_to (fun t => Pr b t (fun w => c t < S t w)) 0.
+Proof.
+move=> AC kappa_gt0 kappa'_gt0 fall rise oc; split; last by case: (claim_7_power kappa_gt0 fall oc).
+have [high _] := claim_7_power kappa'_gt0 rise oc.
+move=> eps /high; apply: eventually_sub => t; apply: le_lt_trans; rewrite (@claim_7_pi_mass_share _ _ _ _ t) //.
+by rewrite le_eqVlt; apply/orP; left; apply/eqP; congr `|_ - _|; apply: eq_E => u _; rewrite ltr_opp2.
+Qed.
