@@ -71,18 +71,15 @@ def dual_clip() -> Derivation:
                 (("the third token's term", each[2]), ("collected", -worst * other * (r2 - value))),
             ),
             Chain(
-                "P_b(log rho_t > eps sqrt(t))",
-                (
-                    ("integral of the density", sp.Integral(density(y, FALL, ROOT), (y, high, sp.oo))),
-                    ("share of the A < 0 samples that the dual bound adds", under_b),
-                ),
-            ),
-            Chain(
                 "E_b[rho_t 1{log rho_t > eps sqrt(t)}]",
                 (
                     (
                         "the same integral for A > 0 and for A < 0",
                         sp.Integral(sp.exp(y) * density(y, FALL, ROOT), (y, high, sp.oo)),
+                    ),
+                    (
+                        "complete the square: the density under pi, of mean +sigma^2 t/2",
+                        sp.Integral(density(y, -FALL, ROOT), (y, high, sp.oo)),
                     ),
                     ("share of pi's mass removed on either sign", under_pi),
                 ),

@@ -127,7 +127,7 @@ def variance_ratio_limits() -> Derivation:
     )
 
 
-@about("2.general", "2.product")
+@about("2.general", "2.product", "2.uncorrelated")
 def product_formula_error() -> Derivation:
     """Two tokens: E_b rho_2^2 minus the product of 1 + chi2 is a covariance."""
     b, p, down, up = sp.symbols("b p c_0 c_1", positive=True)
@@ -138,6 +138,12 @@ def product_formula_error() -> Derivation:
     second = sum(c * s * (1 + x) for c, s, x in zip(chance, square, chi2, strict=True))
     difference = second - (1 + first) * (1 + marginal)
     covariance = sum(c * s * x for c, s, x in zip(chance, square, chi2, strict=True)) - (1 + first) * marginal
+    b_0, b_1, p_0, p_1 = sp.symbols("b_0 b_1 p_0 p_1", positive=True)
+    products = [
+        chance[a] * each * (((1 - p) / (1 - b), p / b)[a] - 1) * (ratio - 1)
+        for a, one, to in ((0, b_0, p_0), (1, b_1, p_1))
+        for each, ratio in ((one, to / one), (1 - one, (1 - to) / (1 - one)))
+    ]
     closed = (down - up) * (b - p) * (b * (1 - p) + p * (1 - b)) / (b * (1 - b))
     at = {b: sp.Rational(1, 2), p: sp.Rational(3, 4)}
     quarter = sp.Rational(1, 4)
@@ -154,7 +160,7 @@ def product_formula_error() -> Derivation:
         )
     return Derivation(
         "Var(rho_2) exceeds (1 + chi2_1)(1 + chi2_2) - 1 by Cov_b(rho_1^2, chi2(s_2)), which has either sign and "
-        "vanishes where chi2(s_2) is constant.",
+        "vanishes where chi2(s_2) is constant; Cov_b(r_1, r_2) = 0 in every case.",
         "a first binary token with b(1) = b, pi(1) = p; any second token with chi2 = c_a after a first token a.",
         (
             Chain(
@@ -164,6 +170,10 @@ def product_formula_error() -> Derivation:
                     ("Cov_b(rho_1^2, chi2(s_2))", covariance),
                     ("factored", closed),
                 ),
+            ),
+            Chain(
+                "Cov_b(r_1, r_2), second token binary, b(1) = b_a and pi(1) = p_a after a",
+                (("over the four strings, as E_b r = 1", sp.Add(*products)), ("always", sp.Integer(0))),
             ),
             Sign(
                 "covariance where only the up-weighted prefix diverges, p = b + e",
