@@ -317,3 +317,123 @@ End Sampler.
 
 End ZeroVariance.
 
+
+(* --- the slope where the target leaves the behavior policy --------------------------------------------------------------- *)
+
+Lemma coef0M (R : ringType) (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
+Proof. by rewrite coefM big_ord_recl big_ord0 addr0. Qed.
+
+Lemma coef1M (R : ringType) (P Q : {poly R}) : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
+Proof. by rewrite coefM !big_ord_recl big_ord0 addr0. Qed.
+
+Section Slope.
+
+Variables (R : realFieldType) (A : finType) (b : policy R A) (H : nat).
+Implicit Types (s w : seq A).
+
+(* The expectation under b of a polynomial in eps, coefficient by coefficient. *)
+Definition b_poly s a : {poly R} := (b s a)%:P.
+
+Lemma E_coef k n s X : (E b_poly n s X)`_k = E b n s (fun w => (X w)`_k).
+Proof.
+elim: n s => //= n IHn s; rewrite coef_sum.
+by apply: eq_bigr => a _; rewrite coefCM IHn.
+Qed.
+
+(* The target is moved b x, that is b(a|s) (1 + eps x(s, a)), for a direction x of scores: to first order in eps every
+   smooth family of policies through b. Its cumulative ratio is a polynomial in eps. *)
+Variable x : seq A -> A -> R.
+Hypothesis x_score : is_score b x.
+
+Definition rho_moved : seq A -> {poly R} := path_prod (fun s a => 1 + x s a *: 'X).
+
+Lemma moved_ratio s a : moved b x s a = b_poly s a * (1 + x s a *: 'X).
+Proof. by rewrite /moved /b_poly mulrDr mulr1 -scalerA !mul_polyC. Qed.
+
+Lemma rho_moved_coef w : (rho_moved w)`_0 = 1 /\ (rho_moved w)`_1 = path_sum x w.
+Proof.
+elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite /rho_moved path_prod_nil path_sum_nil !coefC.
+rewrite /rho_moved path_prod_rcons path_sum_rcons coef0M coef1M -/(rho_moved w) IH0 IH1.
+by rewrite !coefD !coefZ !coefX !coef1 /= !mulr0 !addr0 add0r !mul1r !mulr1 addrC.
+Qed.
+
+Lemma rho_moved_mean n s : E b_poly n s rho_moved = rho_moved s.
+Proof.
+elim: n s => //= n IHn s.
+under eq_bigr => a _ do rewrite IHn /rho_moved path_prod_rcons mulrCA -moved_ratio.
+rewrite -big_distrr big_split /= -scaler_suml -rmorph_sum /= prob_sum1.
+by have := x_score s; rewrite /next => ->; rewrite scale0r addr0 mulr1.
+Qed.
+
+Lemma b_poly_const n s (c : {poly R}) : E b_poly n s (fun=> c) = c.
+Proof. by apply/polyP => k; rewrite E_coef E_const. Qed.
+
+Lemma rho_moved_martingale t (X : seq A -> {poly R}) : (t <= H)%N ->
+  E b_poly H [::] (fun w => rho_moved w * X (take t w)) = E b_poly H [::] (fun w => rho_moved (take t w) * X (take t w)).
+Proof.
+move=> le_tH; rewrite !(E_split _ _ le_tH); apply: eq_E => s /= sz_s.
+transitivity (E b_poly (H - t) s (fun w => X s * rho_moved w)).
+  by apply: eq_E => u _; rewrite -sz_s take_size_cat // mulrC.
+rewrite E_scale rho_moved_mean -[LHS](b_poly_const (H - t) s).
+by apply: eq_E => u _; rewrite -sz_s take_size_cat // mulrC.
+Qed.
+
+(* The score of a token has mean 0 given all that is known before it. *)
+Lemma score_mean0 k (G : seq A -> R) : (k < H)%N -> E b H [::] (fun w => step x k w * G (take k w)) = 0.
+Proof.
+move=> lt_kH; transitivity (E b k.+1 [::] (fun w => step x k w * G (take k w))).
+  rewrite -(E_prefix b (fun w => step x k w * G (take k w)) lt_kH).
+  by apply: eq_E => w _; rewrite /= step_take // take_take.
+rewrite -addn1 E_tower -[RHS](E0 b k [::]); apply: eq_E => s /= sz_s.
+transitivity (next b s (x s) * G s); last by rewrite x_score mul0r.
+rewrite /next big_distrl /=; apply: eq_bigr => a _.
+by rewrite -sz_s step_rcons -cats1 take_size_cat // mulrA.
+Qed.
+
+Variables (I : finType) (f : I -> seq A -> A -> {poly R}).
+
+(* f at eps = 0, and f_s . f_t there. *)
+Let f0 i s a : R := (f i s a)`_0.
+Let dot0 := dot f0.
+
+Lemma step_coef (h : seq A -> A -> {poly R}) k t w : (step h t w)`_k = step (fun s a => (h s a)`_k) t w.
+Proof. by rewrite /step; case: (drop t w) => [|//]; rewrite coef0. Qed.
+
+Lemma later_scores (s t : nat) : (s < H)%N -> (t < H)%N ->
+  E b H [::] (fun w => (path_sum x w - path_sum x (take s.+1 w)) * dot0 s t w) =
+  \sum_(k < H | (s < k <= t)%N) E b H [::] (fun w => step x k w * dot0 s t w).
+Proof.
+move=> lt_s lt_t; transitivity (E b H [::] (fun w => \sum_(k < H | (s < k)%N) step x k w * dot0 s t w)).
+  apply: eq_E => w /= sz_w; rewrite -big_distrl /=; congr (_ * _); apply/eqP; rewrite subr_eq; apply/eqP.
+  rewrite path_sum_take ?sz_w // (big_ord_widen H (fun k => step x k w)) // addrC /path_sum sz_w.
+  by rewrite (bigID (fun k : 'I_H => (k < s.+1)%N)) /=; congr (_ + _); apply: eq_bigl => k; rewrite -ltnNge.
+rewrite E_sum (bigID (fun k : 'I_H => (k <= t)%N)) /= [X in _ + X]big1 ?addr0 // => k /andP[lt_sk].
+rewrite -ltnNge => lt_tk; rewrite -(score_mean0 (dot0 s t) (ltn_ord k)); apply: eq_E => w _ /=.
+by congr (_ * _); apply: eq_bigr => i _; rewrite !step_take.
+Qed.
+
+(* The derivative of Var Z - Var Y at eps = 0, the variances summed over coordinates, is
+   2 sum_{s < t} sum_{s < k <= t} E_b [x_k f_s . f_t]. The terms f may depend on eps: in the identity they are multiplied
+   by rho_H^2 - rho_s rho_t, which is 0 at eps = 0 and there has the slope 2 (x_1 + .. + x_H) - (x_1 + .. + x_s) -
+   (x_1 + .. + x_t); and a score later than both terms has mean 0. *)
+Theorem claim_5_slope :
+  (\sum_(i : I) (Var b_poly H [::] (sequence_weighted rho_moved (f i)) -
+                 Var b_poly H [::] (prefix_weighted rho_moved (f i))))`_1 =
+  2%:R * \sum_(s < H) \sum_(t < H) \sum_(k < H | (s < k <= t)%N) E b H [::] (fun w => step x k w * dot0 s t w).
+Proof.
+pose U (s t : 'I_H) := E b H [::] (fun w => (path_sum x w - path_sum x (take s.+1 w)) * dot0 s t w).
+transitivity (\sum_(s < H) \sum_(t < H) (U s t + U t s)); last first.
+  under eq_bigr => s _ do rewrite big_split /=.
+  rewrite big_split /= [X in _ + X]exchange_big /= -mulr2n mulr_natl; congr (_ *+ 2).
+  by apply: eq_bigr => s _; apply: eq_bigr => t _; rewrite /U later_scores.
+under eq_bigr => i _ do rewrite (Var_difference rho_moved_martingale).
+rewrite exchange_big coef_sum; apply: eq_bigr => s _; rewrite exchange_big coef_sum; apply: eq_bigr => t _ /=.
+rewrite -E_sum E_coef /U -E_add; apply: eq_E => w _ /=.
+rewrite coef_sum /dot0 /dot -[X in _ = _ + _ * X](eq_bigr _ (fun i _ => mulrC _ _)) -mulrDl big_distrr /=.
+apply: eq_bigr => i _; have [c0 c1] := rho_moved_coef w.
+have [s0 s1] := rho_moved_coef (take s.+1 w); have [t0 t1] := rho_moved_coef (take t.+1 w).
+rewrite coef1M !coefB expr2 !coef0M !coef1M c0 s0 t0 c1 s1 t1 !step_coef.
+by rewrite /f0; ring.
+Qed.
+
+End Slope.
