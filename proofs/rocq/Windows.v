@@ -400,7 +400,8 @@ Variables (R : realFieldType) (A : finType) (b : policy R A) (S : nat -> seq A -
 Implicit Type c : nat -> R.
 
 (* S_t / t tends to - kappa in probability; S_t is any function of the first t tokens, such as log rho_t. *)
-Definition drifts := forall delta, 0 < delta -> tends_to (fun t => Pr b t (fun w => delta * t%:R <= `|S t w + kappa * t%:R|)) 0.
+Definition drifts := forall delta, 0 < delta ->
+  tends_to (fun t => Pr b t (fun w => delta * t%:R <= `|S t w + kappa * t%:R|)) 0.
 
 Hypothesis kappa_gt0 : 0 < kappa.
 
@@ -633,3 +634,181 @@ have [high _] := claim_7_power kappa'_gt0 rise oc.
 move=> eps /high; apply: eventually_sub => t; apply: le_lt_trans; rewrite (@claim_7_pi_mass_share _ _ _ _ t) //.
 by rewrite le_eqVlt; apply/orP; left; apply/eqP; congr `|_ - _|; apply: eq_E => u _; rewrite ltr_opp2.
 Qed.
+
+(* --- 7.superlinear and the sign of 7.third_policy: coins whose ratios are powers of two ------------------------------ *)
+
+Section Coins.
+
+Variable R : realFieldType.
+
+(* Two tokens; the probability of the token true after history s is p s. *)
+Definition coin (p : seq bool -> R) (s : seq bool) (a : bool) : R := if a then p s else 1 - p s.
+
+Lemma coin_ge0 p : (forall s, 0 <= p s <= 1) -> forall s a, 0 <= coin p s a.
+Proof. by move=> p01 s [|] /=; have /andP[ge0 le1] := p01 s; rewrite ?subr_ge0. Qed.
+
+Lemma coin_sum1 p s : \sum_(a : bool) coin p s a = 1.
+Proof. by rewrite big_bool /= addrC subrK. Qed.
+
+Definition coins p (p01 : forall s, 0 <= p s <= 1) := Policy (coin_ge0 p01) (coin_sum1 p).
+
+Lemma third01 : 0 <= (1%:R / 3%:R : R) <= 1.
+Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
+
+Lemma two_thirds01 : 0 <= (2%:R / 3%:R : R) <= 1.
+Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
+
+Lemma half01 : 0 <= (1%:R / 2%:R : R) <= 1.
+Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
+
+(* A first token, written with the same probabilities by both policies, decides whether the string is hot (b tosses a coin
+   of 1/3, pi one of 2/3, for ever) or cold (both toss a fair one). *)
+Definition hot (s : seq bool) := head false s.
+Definition hot_or_cold (p : R) (s : seq bool) : R := if hot s then p else 1%:R / 2%:R.
+
+Lemma hot_or_cold01 p : 0 <= p <= 1 -> forall s, 0 <= hot_or_cold p s <= 1.
+Proof. by move=> p01 s; rewrite /hot_or_cold; case: hot; rewrite ?half01. Qed.
+
+Definition hot_b := coins (hot_or_cold01 third01).
+Definition hot_pi := coins (hot_or_cold01 two_thirds01).
+Definition hot_log2 (s : seq bool) (a : bool) : int := if hot s then (if a then 1 else -1) else 0.
+
+Let log2 s a : R := (hot_log2 s a)%:~R.
+
+Lemma hot_ratio s a : ratio hot_b hot_pi s a = 2%:R ^ hot_log2 s a.
+Proof.
+rewrite /ratio /hot_log2 /= /coin /hot_or_cold; case: hot; case: a; rewrite ?expr1z ?exprN1 ?expr0z.
+- by field.
+- by field.
+- by rewrite divff // mulf_neq0 ?invr_eq0 ?pnatr_eq0.
+by field.
+Qed.
+
+Lemma hot_mean n h s : E hot_b n (h :: s) (path_sum log2) = path_sum log2 (h :: s) - h%:R * n%:R / 3%:R.
+Proof.
+elim: n s => [|n IHn] s; first by rewrite mulr0 mul0r subr0.
+rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /hot_or_cold /=.
+by case: h {IHn} => /=; rewrite -[n.+1]addn1 natrD ?mulr1z ?mulrN1z ?mulr0z; field.
+Qed.
+
+Lemma hot_square n h s : E hot_b n (h :: s) (fun w => path_sum log2 w ^+ 2) =
+  (path_sum log2 (h :: s) - h%:R * n%:R / 3%:R) ^+ 2 + h%:R * 8%:R * n%:R / 9%:R.
+Proof.
+elim: n s => [|n IHn] s; first by rewrite /= !mulr0 !mul0r subr0 addr0.
+rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /hot_or_cold /=.
+by case: h {IHn} => /=; rewrite -[n.+1]addn1 natrD ?mulr1z ?mulrN1z ?mulr0z; field.
+Qed.
+
+(* 7.superlinear: the variance of log2 rho after n more tokens is 4n/9 + n^2/36. It grows like n^2, and its root, the
+   spread, like n: half of the sequences drift, and half do not. *)
+Theorem claim_7_superlinear_every_n :
+  (forall s a, ratio hot_b hot_pi s a = 2%:R ^ hot_log2 s a) /\
+  forall n, Var hot_b n.+1 [::] (path_sum (fun s a => (hot_log2 s a)%:~R)) = 4%:R * n%:R / 9%:R + n%:R ^+ 2 / 36%:R.
+Proof.
+split=> [|n]; first exact: hot_ratio.
+rewrite /Var /= !big_bool !hot_mean !hot_square /coin /hot_or_cold /=.
+have zero a : path_sum log2 [:: a] = 0 by rewrite -[[:: a]]/(rcons [::] a) path_sum_rcons path_sum_nil addr0.
+by rewrite !zero; field.
+Qed.
+
+(* 7.third_policy, the sign: b tosses a coin of 1/3 and pi one of 2/3, so that log2 of the ratio is 1 or -1. Where mu tosses
+   a coin of m, the log-ratio of n tokens has mean (2 m - 1) n: it falls for m = 1/3 (mu = b), stays level at m = 1/2
+   and rises for m = 2/3 (mu = pi). *)
+Theorem claim_7_third_policy_sign (m : R) (m01 : 0 <= m <= 1) :
+  let b := coins (fun=> third01) in let pi := coins (fun=> two_thirds01) in let mu := coins (fun=> m01) in
+  let log2 (a : bool) : int := if a then 1 else -1 in
+  (forall s a, ratio b pi s a = 2%:R ^ log2 a) /\
+  forall n, E mu n [::] (path_sum (fun s a => (log2 a)%:~R)) = (2%:R * m - 1) * n%:R.
+Proof.
+split=> [s a | n]; first by rewrite /ratio /= /coin; case: a; rewrite ?expr1z ?exprN1; field.
+pose l (s : seq bool) (a : bool) : R := (if a then 1 else -1 : int)%:~R.
+transitivity (path_sum l [::] + (2%:R * m - 1) * n%:R); last by rewrite path_sum_nil add0r.
+elim: n [::] => [|n IHn] s; first by rewrite mulr0 addr0.
+rewrite /= big_bool !IHn !path_sum_rcons /coin /l /= -[n.+1]addn1 natrD mulr1z mulrN1z.
+by ring.
+Qed.
+
+End Coins.
+
+(* --- 13: a target that depends on a sample --------------------------------------------------------------------------- *)
+
+Section Trained.
+
+Variables (R : realFieldType) (A : finType) (b : policy R A).
+Implicit Types (u w : seq A) (n t H : nat).
+
+(* 13.independent: z is all that the updates have seen, drawn with probabilities q independently of the string w, and
+   target z the policy that came out. Then the mean of rho_t is 1, over both draws ... *)
+Theorem claim_13_independent (Z : finType) (q : Z -> R) (target : Z -> policy R A) H t :
+  \sum_z q z = 1 -> (forall z, q z != 0 -> absolutely_continuous b (target z)) -> (t <= H)%N ->
+  \sum_z q z * E b H [::] (fun w => rho b (target z) (take t w)) = 1.
+Proof.
+move=> q1 AC le_tH; rewrite -[RHS]q1; apply: eq_bigr => z _.
+have [-> | q_neq0] := eqVneq (q z) 0; first by rewrite mul0r.
+rewrite E_prefix // (@eq_E _ _ b t [::] _ (fun w => rho b (target z) w * 1)) => [|u _]; last by rewrite mulr1.
+by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil E_const !mulr1.
+Qed.
+
+(* ... and an importance-weighted mean of anything, a gradient at the target among them, is its mean over the target's own
+   strings. *)
+Theorem claim_13_independent_unbiased (Z : finType) (q : Z -> R) (target : Z -> policy R A) n (X : Z -> seq A -> R) :
+  (forall z, q z != 0 -> absolutely_continuous b (target z)) ->
+  \sum_z q z * E b n [::] (fun w => rho b (target z) w * X z w) = \sum_z q z * E (target z) n [::] (X z).
+Proof.
+move=> AC; apply: eq_bigr => z _; have [-> | q_neq0] := eqVneq (q z) 0; first by rewrite !mul0r.
+by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil mul1r.
+Qed.
+
+(* 13.own: the target is a function of the string itself. Then E rho adds up the probability of each string under the target
+   that it leads to, and nothing makes that sum 1. *)
+Theorem claim_13_own_mean (target : seq A -> policy R A) n :
+  E b n [::] (fun w => rho b (target w) w) = \sum_(u : n.-tuple A | reachable b u) string_prob (target u) u.
+Proof.
+rewrite E_big [RHS]big_mkcond; apply: eq_bigr => u _ /=.
+have -> : \prod_(t < n) step b (0 + t) u = string_prob b u.
+  by rewrite /string_prob /path_prod size_tuple; apply: eq_bigr => t _.
+case: ifP => [reach | not_reach]; last first.
+  have := string_prob_ge0 b u; rewrite le_eqVlt -/(reachable b u) not_reach orbF => /eqP <-.
+  by rewrite mul0r.
+by rewrite rho_string_prob // mulrC divfK // gt_eqF.
+Qed.
+
+(* An update that makes the string it was made from more likely, whichever it was, gives E rho > 1. *)
+Theorem claim_13_own_above_1 (target : seq A -> policy R A) n :
+  (forall u, size u = n -> reachable b u -> string_prob b u <= string_prob (target u) u) ->
+  (exists u, [/\ size u = n, reachable b u & string_prob b u < string_prob (target u) u]) ->
+  1 < E b n [::] (fun w => rho b (target w) w).
+Proof.
+move=> more [u0 [sz_u0 reach0 lt0]].
+have one : \sum_(u : n.-tuple A | reachable b u) string_prob b u = 1.
+  rewrite -(claim_13_own_mean (fun=> b)) -[RHS](E_const b n [::]).
+  apply: eq_E_reachable => [|u _ reach]; first exact: reachable_nil.
+  by rewrite rho_string_prob // divff // gt_eqF.
+rewrite claim_13_own_mean -one; have /eqP sz := sz_u0.
+rewrite (bigD1 (Tuple sz)) //= [X in _ < X](bigD1 (Tuple sz)) //=; apply: ltr_le_add => //.
+by apply: ler_sum => u /andP[reach _]; apply: more; rewrite ?size_tuple.
+Qed.
+
+(* 13.spread: where an update has moved all tokens of its string by the same amount X, log rho_n = n X has n^2 times the
+   variance of a token; with the same token variance, a fresh string has n times that (the tokens' fluctuations do not
+   covary, and its drift is the same everywhere). *)
+Theorem claim_13_spread_own n (l : nat -> seq A -> R) (X : seq A -> R) :
+  (forall t w, (t < n)%N -> size w = n -> reachable b w -> l t w = X w) ->
+  Var b n [::] (fun w => \sum_(t < n) l t w) = n%:R ^+ 2 * Var b n [::] X.
+Proof.
+move=> same; have eqE m : E b n [::] (fun w => (\sum_(t < n) l t w) ^+ m) = n%:R ^+ m * E b n [::] (fun w => X w ^+ m).
+  rewrite -E_scale; apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
+  by rewrite (eq_bigr (fun=> X u)) => [|t _]; rewrite ?same // sumr_const card_ord -mulr_natl exprMn.
+by rewrite /Var eqE mulrBr -exprMn -(expr1 n%:R) -(eqE 1%N); congr (_ - _ ^+ 2).
+Qed.
+
+Theorem claim_13_spread_fresh n (l : seq A -> A -> R) (kappa_at : nat -> R) v :
+  (forall s, reachable b s -> kappa b l s = kappa_at (size s)) ->
+  (forall t, (t < n)%N -> Var b n [::] (step l t) = v) ->
+  Var b n [::] (path_sum l) = n%:R * v.
+Proof.
+move=> const same; rewrite (claim_7_variance_prefix_constant _ const) (eq_bigr (fun=> v)) => [|t _]; last exact: same.
+by rewrite sumr_const card_ord mulr_natl.
+Qed.
+
+End Trained.
