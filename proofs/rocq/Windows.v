@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- covariances and probabilities ----------------------------------------------------------------------------------- *)
+(* --- covariances and probabilities -------------------------------------------------------------------------------- *)
 
 Section Moments.
 
@@ -152,7 +152,7 @@ Qed.
 
 End Moments.
 
-(* --- 7.drift and 7.variance ------------------------------------------------------------------------------------------ *)
+(* --- 7.drift and 7.variance --------------------------------------------------------------------------------------- *)
 
 Section Drift.
 
@@ -244,7 +244,8 @@ rewrite E_known_step // -[RHS](E0 b t [::]).
 by apply: eq_E => u _; rewrite next_fluctuation mulr0.
 Qed.
 
-(* Cov(l_k, l_t) = - Cov(l_k, kappa(s_t)) for tokens k < t: tokens covary only through the divergence that they lead to. *)
+(* Cov(l_k, l_t) = - Cov(l_k, kappa(s_t)) for tokens k < t: tokens covary only through the divergence that they lead
+   to. *)
 Theorem claim_7_variance_covariance H k t : (k < t)%N -> (t < H)%N ->
   Cov b H (step l k) (step l t) = - Cov b H (step l k) (fun w => kappa (take t w)).
 Proof.
@@ -329,7 +330,7 @@ Qed.
 
 End Drift.
 
-(* --- 7.third_policy -------------------------------------------------------------------------------------------------- *)
+(* --- 7.third_policy ----------------------------------------------------------------------------------------------- *)
 
 Section ThirdPolicy.
 
@@ -352,7 +353,7 @@ Qed.
 
 End ThirdPolicy.
 
-(* --- 7.power --------------------------------------------------------------------------------------------------------- *)
+(* --- 7.power ------------------------------------------------------------------------------------------------------ *)
 
 Section Powers.
 
@@ -481,9 +482,9 @@ have := Var_fluctuation b l n; rewrite /Var mean0 expr0n subr0 => ->.
 rewrite mulr_natr -[X in _ *+ X]card_ord -sumr_const; apply: ler_sum => t _; exact: reachable_token_variance.
 Qed.
 
-(* Where every token costs at least k on the average and its variance is at most v, at each history that b can reach (the
-   drift may differ from one to the next, and from one sequence to the next), the share of the sequences that are still
-   above - c after n tokens is at most v n / (k n - c)^2. *)
+(* Where every token costs at least k on the average and its variance is at most v, at each history that b can reach
+   (the drift may differ from one to the next, and from one sequence to the next), the share of the sequences that are
+   still above - c after n tokens is at most v n / (k n - c)^2. *)
 Theorem claim_7_power_bound n c : (forall s, reachable b s -> k <= kappa b l s) -> c < k * n%:R ->
   Pr b n (fun w => - c <= path_sum l w) <= v * n%:R / (k * n%:R - c) ^+ 2.
 Proof.
@@ -573,15 +574,15 @@ Qed.
 
 End Archimedean.
 
-(* --- 7.crossover, 7.centered, 7.pi_mass ------------------------------------------------------------------------------ *)
+(* --- 7.crossover, 7.centered, 7.pi_mass --------------------------------------------------------------------------- *)
 
 Section Rates.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A).
 Implicit Types (X : seq A -> R) (c eps : R) (n t : nat).
 
-(* With the drift sigma^2/2 of a Gaussian log rho_t, drift and window are equal at t = (2 eps / sigma^2)^2; the window is
-   the number c >= 0 with c^2 = eps^2 t. *)
+(* With the drift sigma^2/2 of a Gaussian log rho_t, drift and window are equal at t = (2 eps / sigma^2)^2; the window
+   is the number c >= 0 with c^2 = eps^2 t. *)
 Theorem claim_7_crossover_time eps (sigma2 : R) c t : 0 < sigma2 -> (0 < t)%N -> 0 <= c -> c ^+ 2 = eps ^+ 2 * t%:R ->
   (c < sigma2 / 2%:R * t%:R) = ((2%:R * eps / sigma2) ^+ 2 < t%:R).
 Proof.
@@ -620,8 +621,8 @@ Proof. by move=> AC; rewrite change_of_measure ?reachable_nil // rho_nil mul1r. 
 
 End Rates.
 
-(* Under pi the log-ratio rises: S_t / t tends to some kappa' > 0. Then every window o(t) takes, in the limit, all of the
-   weight rho_t (the gradient mass of A > 0) at its upper end, while under b nobody is there. *)
+(* Under pi the log-ratio rises: S_t / t tends to some kappa' > 0. Then every window o(t) takes, in the limit, all of
+   the weight rho_t (the gradient mass of A > 0) at its upper end, while under b nobody is there. *)
 Theorem claim_7_pi_mass_limit (R : realFieldType) (A : finType) (b pi : policy R A) (S : nat -> seq A -> R)
     (kappa kappa' : R) (c : nat -> R) :
   absolutely_continuous b pi -> 0 < kappa -> 0 < kappa' -> drifts b S kappa ->
@@ -635,7 +636,7 @@ move=> eps /high; apply: eventually_sub => t; apply: le_lt_trans; rewrite (@clai
 by rewrite le_eqVlt; apply/orP; left; apply/eqP; congr `|_ - _|; apply: eq_E => u _; rewrite ltr_opp2.
 Qed.
 
-(* --- 7.superlinear and the sign of 7.third_policy: coins whose ratios are powers of two ------------------------------ *)
+(* --- 7.superlinear and the sign of 7.third_policy: coins whose ratios are powers of two --------------------------- *)
 
 Section Coins.
 
@@ -661,8 +662,8 @@ Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qe
 Lemma half01 : 0 <= (1%:R / 2%:R : R) <= 1.
 Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
 
-(* A first token, written with the same probabilities by both policies, decides whether the string is hot (b tosses a coin
-   of 1/3, pi one of 2/3, for ever) or cold (both toss a fair one). *)
+(* A first token, written with the same probabilities by both policies, decides whether the string is hot (b tosses a
+   coin of 1/3, pi one of 2/3, for ever) or cold (both toss a fair one). *)
 Definition hot (s : seq bool) := head false s.
 Definition hot_or_cold (p : R) (s : seq bool) : R := if hot s then p else 1%:R / 2%:R.
 
@@ -711,9 +712,9 @@ have zero a : path_sum log2 [:: a] = 0 by rewrite -[[:: a]]/(rcons [::] a) path_
 by rewrite !zero; field.
 Qed.
 
-(* 7.third_policy, the sign: b tosses a coin of 1/3 and pi one of 2/3, so that log2 of the ratio is 1 or -1. Where mu tosses
-   a coin of m, the log-ratio of n tokens has mean (2 m - 1) n: it falls for m = 1/3 (mu = b), stays level at m = 1/2
-   and rises for m = 2/3 (mu = pi). *)
+(* 7.third_policy, the sign: b tosses a coin of 1/3 and pi one of 2/3, so that log2 of the ratio is 1 or -1. Where mu
+   tosses a coin of m, the log-ratio of n tokens has mean (2 m - 1) n: it falls for m = 1/3 (mu = b), stays level at m
+   = 1/2 and rises for m = 2/3 (mu = pi). *)
 Theorem claim_7_third_policy_sign (m : R) (m01 : 0 <= m <= 1) :
   let b := coins (fun=> third01) in let pi := coins (fun=> two_thirds01) in let mu := coins (fun=> m01) in
   let log2 (a : bool) : int := if a then 1 else -1 in
@@ -730,7 +731,7 @@ Qed.
 
 End Coins.
 
-(* --- 13: a target that depends on a sample --------------------------------------------------------------------------- *)
+(* --- 13: a target that depends on a sample ------------------------------------------------------------------------ *)
 
 Section Trained.
 
@@ -749,8 +750,8 @@ rewrite E_prefix // (@eq_E _ _ b t [::] _ (fun w => rho b (target z) w * 1)) => 
 by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil E_const !mulr1.
 Qed.
 
-(* ... and an importance-weighted mean of anything, a gradient at the target among them, is its mean over the target's own
-   strings. *)
+(* ... and an importance-weighted mean of anything, a gradient at the target among them, is its mean over the target's
+   own strings. *)
 Theorem claim_13_independent_unbiased (Z : finType) (q : Z -> R) (target : Z -> policy R A) n (X : Z -> seq A -> R) :
   (forall z, q z != 0 -> absolutely_continuous b (target z)) ->
   \sum_z q z * E b n [::] (fun w => rho b (target z) w * X z w) = \sum_z q z * E (target z) n [::] (X z).
@@ -759,8 +760,8 @@ move=> AC; apply: eq_bigr => z _; have [-> | q_neq0] := eqVneq (q z) 0; first by
 by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil mul1r.
 Qed.
 
-(* 13.own: the target is a function of the string itself. Then E rho adds up the probability of each string under the target
-   that it leads to, and nothing makes that sum 1. *)
+(* 13.own: the target is a function of the string itself. Then E rho adds up the probability of each string under the
+   target that it leads to, and nothing makes that sum 1. *)
 Theorem claim_13_own_mean (target : seq A -> policy R A) n :
   E b n [::] (fun w => rho b (target w) w) = \sum_(u : n.-tuple A | reachable b u) string_prob (target u) u.
 Proof.
@@ -798,8 +799,10 @@ Theorem claim_13_spread_own n (l : nat -> seq A -> R) (X : seq A -> R) :
 Proof.
 move=> same; have eqE m : E b n [::] (fun w => (\sum_(t < n) l t w) ^+ m) = n%:R ^+ m * E b n [::] (fun w => X w ^+ m).
   rewrite -E_scale; apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
-  by rewrite (eq_bigr (fun=> X u)) => [|t _]; rewrite ?same // sumr_const card_ord -mulr_natl exprMn.
-by rewrite /Var eqE mulrBr -exprMn -(expr1 n%:R) -(eqE 1%N); congr (_ - _ ^+ 2).
+  rewrite -exprMn (eq_bigr (fun=> X u)) => [|t _]; first by rewrite sumr_const card_ord mulr_natl.
+  exact: same.
+have eqE1 : E b n [::] (fun w => \sum_(t < n) l t w) = n%:R * E b n [::] X by have := eqE 1%N; rewrite expr1.
+by rewrite /Var eqE eqE1 exprMn mulrBr.
 Qed.
 
 Theorem claim_13_spread_fresh n (l : seq A -> A -> R) (kappa_at : nat -> R) v :
