@@ -15,7 +15,7 @@ import ctpo
 from simulations.claims import released_loss as claim
 from simulations.claims.released_loss import CONFIGURATIONS, PRINTED, RELEASED, batch_moments
 from simulations.exact import enumerate_trajectories, policy_gradient
-from simulations.mdp import World, as_numbers, policy_table, random_tree, tree
+from simulations.mdp import World, as_numbers, one_logit, policy_table, random_tree, tree
 
 F = Fraction
 PLAIN = CONFIGURATIONS["rho_t alone"]
@@ -164,6 +164,25 @@ def test_token_mean_is_a_ratio_estimator():
     assert [found[n] for n in (1, 2, 3, 4)] == [F(-1, 16), F(-1, 96), F(1, 128), F(15, 896)]
     assert float(found[6]) == pytest.approx(0.0254, abs=5e-5)
     assert batch_moments(probability, lengths, summed, "seq-mean-token-sum", 3).mean[0] == F(1, 16)
+
+
+def test_mean_gradients_need_not_be_parallel():
+    """Stop (R = 0) or go on for one more token (R = 1 or 3), 1/2 each, on-policy with A^pi: (Y, T) of each response."""
+    probability, lengths = as_numbers([F(1, 2), F(1, 4), F(1, 4)], True), np.array([1, 2, 2])
+    summed = as_numbers([[F(1, 2), 0], [F(1, 2), F(1, 2)], [F(1, 2), F(1, 2)]], True)
+    mdp = tree(2, 2, eos=0, outcome=lambda s: 0 if len(s) == 1 else (1, 3)[s[1]])
+    policy = policy_table(mdp, lambda _: [F(1, 2), F(1, 2)])
+    world = one_logit(World(mdp, policy, policy, "position"))
+    paths = enumerate_trajectories(world)
+    found = zip(paths.mask.sum(axis=1), paths.summed_scores(paths.advantage("A_target")).tolist(), strict=True)
+    assert sorted(found) == list(zip(lengths, summed.tolist(), strict=True))
+    assert list(policy_gradient(world)) == [F(1, 2), F(1, 4)]
+    for n in (1, 2, 8):
+        by_sequence = batch_moments(probability, lengths, summed, "seq-mean-token-mean", n).mean
+        assert list(by_sequence) == [F(3, 8), F(1, 8)]
+    by_token = {n: batch_moments(probability, lengths, summed, "token-mean", n).mean for n in (1, 2, 200)}
+    assert [list(by_token[n]) for n in (1, 2)] == [[F(3, 8), F(1, 8)], [F(17, 48), F(7, 48)]]
+    assert float(by_token[200][0] / by_token[200][1]) == pytest.approx(2, abs=0.01)
 
 
 def test_batches_that_have_no_mean_are_refused():
