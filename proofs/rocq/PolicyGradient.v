@@ -17,7 +17,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- the softmax ----------------------------------------------------------------------------------------------------- *)
+(* --- the softmax -------------------------------------------------------------------------------------------------- *)
 
 Section Softmax.
 
@@ -103,7 +103,7 @@ Qed.
 
 End Softmax.
 
-(* --- conditional expectations ---------------------------------------------------------------------------------------- *)
+(* --- conditional expectations ------------------------------------------------------------------------------------- *)
 
 Section Conditioning.
 
@@ -164,7 +164,7 @@ Qed.
 
 End ConditioningUnderPolicy.
 
-(* --- the policy-gradient theorem ------------------------------------------------------------------------------------- *)
+(* --- the policy-gradient theorem ---------------------------------------------------------------------------------- *)
 
 Section PolicyGradient.
 
@@ -259,7 +259,7 @@ Qed.
 
 End PolicyGradient.
 
-(* --- claim 3.prop1: the cumulative ratio ------------------------------------------------------------------------------ *)
+(* --- claim 3.prop1: the cumulative ratio -------------------------------------------------------------------------- *)
 
 Section CumulativeRatio.
 
@@ -300,8 +300,8 @@ Definition reach H N t : nat := minn (t.+1 + N) H.
 Lemma lt_reach H N t : (t < H)%N -> (t < reach H N t <= H)%N.
 Proof. by move=> lt_tH; rewrite geq_minr andbT leq_min lt_tH ltnS leq_addr. Qed.
 
-(* T1.grid, A^pi: every weight that has all factors up to its own token, the cumulative, a lookahead, the sequence ratio,
-   gives the policy gradient. *)
+(* T1.grid, A^pi: every weight that has all factors up to its own token (cumulative, lookahead, sequence ratio) gives the
+   policy gradient. *)
 Theorem claim_T1_grid_target_advantage H N reward g : is_score pi g ->
   \sum_(t < H) E b H [::] (fun w =>
     rho b pi (take (reach H N t) w) * (step g t w * step (advantage H reward pi) t w)) = gradient pi g H reward.
@@ -347,7 +347,7 @@ rewrite -[RHS](eq_E _ (fun w sz_w => esym (eqf w sz_w))) -(@E_rho_step H t t.+1)
 by apply: eq_E => w sz_w; rewrite /= eqf.
 Qed.
 
-(* --- T1: the sequence ratio, and the order of the variances ---------------------------------------------------------- *)
+(* --- T1: the sequence ratio, and the order of the variances ------------------------------------------------------- *)
 
 (* T1, bias: the cumulative ratio with A^pi has none (3.prop1), nor has the sequence ratio. *)
 Theorem claim_T1_sequence H reward g : is_score pi g ->
@@ -399,8 +399,8 @@ Qed.
 
 End CumulativeRatio.
 
-(* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for each
-   position or prefix) the cross terms drop out of the trace, so the order of the terms is the order of the sums. *)
+(* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for
+   each position or prefix) the cross terms drop out of the trace, so the order of the terms is the order of the sums. *)
 Section SummedVariance.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (I : finType) (g : I -> seq A -> A -> R) (H : nat).
@@ -463,7 +463,7 @@ rewrite /softmax_score => neq; case: (key s =P k) => [<- | _]; last by rewrite !
 by rewrite [key s' == _]eq_sym (negbTE neq) mul0r mulr0.
 Qed.
 
-(* --- claims 3.token and 3.surrogate: the token ratio ------------------------------------------------------------------ *)
+(* --- claims 3.token and 3.surrogate: the token ratio -------------------------------------------------------------- *)
 
 Section TokenRatio.
 
@@ -582,7 +582,7 @@ Qed.
 
 End TokenRatio.
 
-(* --- claim 3.gspo: the length-normalized ratio ------------------------------------------------------------------------ *)
+(* --- claim 3.gspo: the length-normalized ratio -------------------------------------------------------------------- *)
 
 (* Bernoulli's inequality with what is left over: x^(m+1) - 1 - (m+1)(x - 1) >= m (x - 1)^2 for x >= 0. *)
 Lemma bernoulli (R : realFieldType) (x : R) m : 0 <= x ->
