@@ -200,7 +200,7 @@ rewrite -E_scale -E_add; apply: eq_E => u _; rewrite path_sum_rcons /=; ring.
 Qed.
 
 (* The policy-gradient theorem, for every direction g: the derivative of J is E_p[(sum_t g_t) R]. *)
-Lemma policy_gradient H reward : gradient p g H reward = E p H [::] (fun w => path_sum g w * reward w).
+Theorem policy_gradient H reward : gradient p g H reward = E p H [::] (fun w => path_sum g w * reward w).
 Proof.
 rewrite /gradient coef1_E; apply: eq_E => w _.
 by rewrite /= !coefC /= path_sum_nil subr0 add0r.
@@ -300,8 +300,8 @@ Definition reach H N t : nat := minn (t.+1 + N) H.
 Lemma lt_reach H N t : (t < H)%N -> (t < reach H N t <= H)%N.
 Proof. by move=> lt_tH; rewrite geq_minr andbT leq_min lt_tH ltnS leq_addr. Qed.
 
-(* T1.grid, A^pi: every weight that has all factors up to its own token (cumulative, lookahead, sequence ratio) gives the
-   policy gradient. *)
+(* T1.grid, A^pi: every weight that has all factors up to its own token (cumulative, lookahead, sequence ratio) gives
+   the policy gradient. *)
 Theorem claim_T1_grid_target_advantage H N reward g : is_score pi g ->
   \sum_(t < H) E b H [::] (fun w =>
     rho b pi (take (reach H N t) w) * (step g t w * step (advantage H reward pi) t w)) = gradient pi g H reward.
@@ -400,7 +400,7 @@ Qed.
 End CumulativeRatio.
 
 (* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for
-   each position or prefix) the cross terms drop out of the trace, so the order of the terms is the order of the sums. *)
+   each position or prefix) the cross terms drop out of the trace: the order of the terms is the order of the sums. *)
 Section SummedVariance.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (I : finType) (g : I -> seq A -> A -> R) (H : nat).
