@@ -10,10 +10,11 @@ import numpy as np
 
 import ctpo
 from ctpo.ratios import Level
+from proofs import counterexample
 from simulations import toy_lm
 from simulations.claims.martingale import before_token, cumulative, reached_under_behavior, reached_under_target
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed, random_trees, two_step
+from simulations.claims.worlds import HALF, known, listed, random_trees, two_step
 from simulations.exact import (
     AdvantageKind,
     Trajectories,
@@ -176,7 +177,7 @@ def check_token(context: Context, level: str) -> Iterator[Evidence]:
         + ", ".join({"sequence_mean": "GSPO", "cumulative_mean": "cumulative mean"}.get(n, n) for n in found),
         "enumeration",
         "true gradient {}, token ratio {}, GSPO {}, cumulative mean {}".format(*found.values()),
-        list(found.values()) == [Fraction(3, 20), Fraction(-3, 20), 0, 0],
+        list(found.values()) == known("token_sign"),
         {name: str(value) for name, value in found.items()},
     )
 
@@ -250,7 +251,7 @@ def check_gspo(context: Context, degree: Callable[[int], int]) -> Iterator[Evide
         "shared logit, H = 2, b = 1/5, pi = 4/5: Z and q",
         "enumeration",
         f"one shared logit, H = 2: Z = {z_exact}, q = {listed(tilted_exact)}",
-        z_exact == Fraction(16, 25) and tilted_exact == [Fraction(1, 4)] * 4,
+        [z_exact, *tilted_exact] == known("gspo_tilt"),
         {"Z": str(z_exact), "q": [str(q) for q in tilted_exact]},
     )
 
@@ -291,14 +292,14 @@ def table_world() -> World:
     )
 
 
-#: Weight level -> gradient of the shared logit with A^pi, and with the outcome reward.
-TABLE: dict[str, tuple[Fraction, Fraction]] = {
-    "cumulative": (Fraction(32, 125), Fraction(20, 125)),
-    "token": (Fraction(20, 125), Fraction(8, 125)),
-    "sequence": (Fraction(32, 125), Fraction(32, 125)),
-    "sequence_mean": (Fraction(884, 3125), Fraction(8, 125)),
-    "cumulative_mean": (Fraction(148, 625), Fraction(8, 125)),
-    "none": (Fraction(13, 25), Fraction(2, 125)),
+#: Weight level -> its name among the counterexample's numbers.
+TABLE = {
+    "cumulative": "rho_t",
+    "token": "r_t",
+    "sequence": "rho_H",
+    "sequence_mean": "GSPO rho_H^(1/2)",
+    "cumulative_mean": "rho_t^(1/t)",
+    "none": "none",
 }
 
 
@@ -310,11 +311,12 @@ def check_table(_context: Context, weights: Callable[[Trajectories, str], np.nda
     advantages = paths.advantage("A_target")
     returns = np.where(paths.mask, paths.returns[:, None], 0)
     rows: dict[str, dict[str, str]] = {}
-    good = gradient == Fraction(32, 125)
-    for level, expected in TABLE.items():
+    expected = counterexample("six_weights")
+    good = gradient == expected["true gradient"]
+    for level, name in TABLE.items():
         weight = weights(paths, level)
         found = [paths.expectation(paths.summed_scores(weight * a))[1] for a in (advantages, returns)]
-        good &= found == list(expected)
+        good &= found == [expected[f"{name} with A^pi"], expected[f"{name} with R"]]
         rows[level] = {"A_pi": str(found[0]), "bias": str(found[0] - gradient), "outcome": str(found[1])}
     yield Evidence(
         "grad J = 32/125; each weight with A^pi (bias), and with the outcome reward",
@@ -423,8 +425,7 @@ def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) 
         f"token ratio's variance below sequence's on {token_below_sequence} of {trees} trees and {below[0]} of "
         f"{worlds} worlds, below cumulative's on {token_below_cumulative} and {below[1]}: mostly, not always, as in "
         f"two tokens: token {spread['token']}, cumulative {spread['cumulative']}, sequence {spread['sequence']}",
-        2 * (token_below_sequence + below[0]) > trees + worlds
-        and list(spread.values()) == [Fraction(2, 25), Fraction(1, 200), Fraction(1, 200)],
+        2 * (token_below_sequence + below[0]) > trees + worlds and list(spread.values()) == known("noisy_token_ratio"),
         {
             "trees": trees,
             "trees_below_sequence": token_below_sequence,
@@ -441,7 +442,7 @@ def check_table_one(context: Context, estimators: Mapping[str, ctpo.Estimator]) 
         "with one shared logit the order can be reversed: variance of the cumulative and of the sequence estimator",
         "dynamic programming",
         f"one shared logit: variance of the cumulative {prefix * share}, of the sequence estimator {full * share}",
-        prefix * share == Fraction(16, 3645) and full == 0,
+        [prefix * share, full] == known("summed_A")[-2:],
         {"cumulative": str(prefix * share), "sequence": str(full * share)},
     )
 

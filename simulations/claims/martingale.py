@@ -11,7 +11,16 @@ import scipy.sparse
 from scipy.special import ndtr
 
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, scalar, two_step, with_forbidden_tokens
+from simulations.claims.worlds import (
+    HALF,
+    known,
+    listed,
+    long_worlds,
+    random_trees,
+    scalar,
+    two_step,
+    with_forbidden_tokens,
+)
 from simulations.exact import Trajectories, enumerate_trajectories, exact_log2, ratio_moments
 from simulations.mdp import (
     POLICY,
@@ -150,7 +159,7 @@ def check_support(context: Context, process: Process) -> Iterator[Evidence]:
         "b = (1, 0), pi = (1/2, 1/2): E_b rho_t for t = 1, 2, 3",
         "enumeration",
         f"E rho_t = {listed(means)} at t = 1, 2, 3 where b can write one of pi's two tokens",
-        means == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 8)],
+        means == known("support"),
         {"means": [str(m) for m in means]},
     )
     step = (Fraction(1), Fraction(1, 2))  # b(1) = 1, pi(1) = 1/2
@@ -161,7 +170,7 @@ def check_support(context: Context, process: Process) -> Iterator[Evidence]:
         "the variance order breaks too: Var(rho_1), Var(rho_2)",
         "enumeration",
         f"Var(rho_1), Var(rho_2) = {listed(spread)}: it falls",
-        spread == [Fraction(1, 4), Fraction(1, 16)],
+        spread == known("support_order"),
         {"variances": [str(v) for v in spread]},
     )
     yield _scored_after_truncation(process)
@@ -208,7 +217,7 @@ def _scored_after_truncation(process: Process) -> Evidence:
         "enumeration",
         f"mean ratio of a top-2 sampler: {found[0]} if it alone is scored after the cut, {found[1]} if neither policy "
         f"is ({found[2]} at pi = b), {found[3]} if both are",
-        found == [Fraction(3, 4), Fraction(15, 16), 1, 1],
+        found == known("support_scored_after_cut"),
         {"mean": [str(m) for m in found]},
     )
 
@@ -232,7 +241,7 @@ def check_survivors(context: Context, process: Process) -> Iterator[Evidence]:
         "b continues with 1/2, pi with 3/4 at the first token: E[rho_t | alive] and Var[rho_t | alive], t = 1, 2, 3",
         "enumeration",
         f"E[rho_t | alive] = {listed(means)} and Var = {listed(spreads)} at t = 1, 2, 3",
-        means == (1, Fraction(3, 2), Fraction(3, 2)) and spreads == (Fraction(1, 4), 0, 0),
+        [*means, *spreads] == known("survivors"),
         {"means": [str(m) for m in means], "variances": [str(v) for v in spreads]},
     )
     rng = context.rng("survivors")
@@ -486,7 +495,7 @@ def check_optimal(context: Context, weight: Process) -> Iterator[Evidence]:
         "but if f depends on a_2 alone the merged weight E[rho_2 | a_2] is better: variances",
         "enumeration",
         f"where f needs a_2 only: Var(rho_2) = {numbers[0]}, of its average {numbers[1]}",
-        numbers == [Fraction(9, 16), Fraction(1, 4)],
+        numbers == known("merged_state"),
         {"variances": [str(v) for v in numbers]},
     )
 
@@ -521,7 +530,7 @@ def check_log(_context: Context, spread: Callable[[Trajectories, np.ndarray], li
         "b = (1/5, 4/5), pi = (4/5, 1/5), then (1/3, 2/3) against (2/3, 1/3) after token 0: Var(log2 rho_t), t = 1, 2",
         "enumeration",
         f"Var(log2 rho_1), Var(log2 rho_2) = {listed(found)}: it falls",
-        found == [Fraction(64, 25), Fraction(524, 225)],
+        found == known("log_variance_falls"),
         {"variances": [str(v) for v in found]},
     )
 
@@ -577,7 +586,7 @@ def check_strict(context: Context, reach: Callable[[World], np.ndarray]) -> Iter
         "so strictness without any assumption, as printed, fails: Var(rho_1), Var(rho_2), Var of the suffix ratio",
         "enumeration",
         f"Var(rho_1), Var(rho_2) = {listed(numbers[:2])}: equal, though the second token's ratio has Var {numbers[2]}",
-        numbers == [1, 1, Fraction(8, 25)] and not differs[1:].any(),
+        numbers == known("strict_equality") and not differs[1:].any(),
         {"variances": [str(v) for v in numbers]},
     )
 

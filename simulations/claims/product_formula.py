@@ -10,7 +10,7 @@ import numpy as np
 
 from simulations.claims.martingale import before_token, chi2_of_target, cumulative, tilted_chi2, variance
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed, long_worlds, random_trees, two_step
+from simulations.claims.worlds import HALF, known, listed, long_worlds, random_trees, two_step
 from simulations.exact import Trajectories, enumerate_trajectories, ratio_moments
 from simulations.mdp import (
     World,
@@ -180,7 +180,7 @@ def check_product(context: Context, formula: Callable[[World], np.ndarray]) -> I
         "dependent tokens with prefix-constant chi2 = 1/4: Var(rho_2) and the formula",
         "enumeration",
         f"dependent tokens with constant chi2: Var(rho_2) = {true}, formula {predicted}",
-        true == predicted == Fraction(9, 16),
+        [true, predicted] == known("product_constant_chi2"),
         {"variance": str(true), "formula": str(predicted)},
     )
 
@@ -196,16 +196,16 @@ def true_variance(world: World) -> np.ndarray:
 def check_general(context: Context, spread: Callable[[World], np.ndarray]) -> Iterator[Evidence]:
     """With prefix-dependent chi2 the product formula errs in both directions, and exponentially in t."""
     cases = {
-        "after the up-weighted prefix only": ({0: SAME, 1: UP}, Fraction(17, 32)),
-        "after the down-weighted prefix only": ({0: UP, 1: SAME}, Fraction(9, 32)),
-        "after both": ({0: UP, 1: UP}, Fraction(9, 16)),
+        "after the up-weighted prefix only": ({0: SAME, 1: UP}, "product_more"),
+        "after the down-weighted prefix only": ({0: UP, 1: SAME}, "product_less"),
+        "after both": ({0: UP, 1: UP}, "product_iid"),
     }
     found, right = [], []
-    for name, (second, expected) in cases.items():
+    for name, (second, entry) in cases.items():
         world = two_step(UP, second)
         true, product = spread(world)[1], product_of_marginals(world)[1]
         found.append(f"{true} ({product}) {name}")
-        right.append(true == expected and (product == true) == (name == "after both"))
+        right.append([true, product] == known(entry))
     yield Evidence(
         "b = 1/2, pi = 3/4 at the first token, and at the second after one prefix or both: Var(rho_2) and the formula",
         "dynamic programming",
@@ -335,12 +335,11 @@ def check_bounds(_context: Context, ratio: Ratio) -> Iterator[Evidence]:
     paths = enumerate_trajectories(world)
     spread = variance(paths, cumulative(paths))
     found = [ratio(Fraction(1, 4), 5, t) for t in range(1, 6)]
-    expected = [Fraction(2101, q) for q in (256, 576, 976, 1476)] + [Fraction(1)]
     yield Evidence(
         "H = 5, d = 1/4: Var(rho_5)/Var(rho_t) for t = 1..5, enumerated and by formula",
         "enumeration",
         f"H = 5, d = 1/4: Var(rho_5)/Var(rho_t) = {listed(found)}",
-        found == expected == [spread[4] / v for v in spread],
+        found == known("variance_ratio")[:5] == [spread[4] / v for v in spread],
         {"ratios": [str(f) for f in found]},
     )
     inside = cases = 0

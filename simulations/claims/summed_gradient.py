@@ -18,7 +18,7 @@ import ctpo
 from simulations.claims.gradient_bias import UNLIMITED, sum_counterexample
 from simulations.claims.martingale import cumulative, variance
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed, random_trees, two_step
+from simulations.claims.worlds import known, listed, random_trees, two_step
 from simulations.counterexamples import STATEMENTS, Statement, describe, in_words, search
 from simulations.exact import (
     Trajectories,
@@ -161,7 +161,7 @@ def _outcome_reward() -> Evidence:
         "logit per position: total variance under prefix weights and under the sequence weight",
         "dynamic programming",
         f"outcome reward, one logit per position: total variance {prefix} (prefix) against {full} (sequence)",
-        [prefix, full] == [Fraction(9981, 40000), Fraction(181, 40000)],
+        [prefix, full] == known("summed_outcome"),
         {"prefix": str(prefix), "sequence": str(full)},
     )
 
@@ -182,7 +182,7 @@ def check_direction(context: Context, direction: tuple[int, int]) -> Iterator[Ev
         "dynamic programming",
         f"direction {direction}: {along[0]} against {along[1]}; trace {prefix.total_variance} against "
         f"{full.total_variance}",
-        along == [Fraction(16, 3645), Fraction(0)] and prefix.total_variance <= full.total_variance,
+        along == known("direction") and prefix.total_variance <= full.total_variance,
         {"direction": [str(v) for v in along], "trace": [str(prefix.total_variance), str(full.total_variance)]},
     )
     rng, worlds, reversed_, ordered = context.rng("directions"), context.count(60), 0, 0
@@ -207,24 +207,15 @@ def check_direction(context: Context, direction: tuple[int, int]) -> Iterator[Ev
 
 def check_ordered(_context: Context, parameters: Parameters) -> Iterator[Evidence]:
     """Two worlds with one shared logit and the true A^pi in which the prefix weight is the noisier one."""
-    fifteen = 15625
-    expected: tuple[tuple[str, World, list[Fraction], list[tuple[Fraction, Fraction]], list[Fraction]], ...] = (
+    worlds = (
         (
             "(A) pi = 1/3 twice, R = a1 + a2, b(1) = 1/2, then 5/9 after 0 and 4/9 after 1",
+            "summed_A",
             sum_counterexample(),
-            [Fraction(2, 9), Fraction(5, 9), Fraction(5, 9), Fraction(8, 9)],
-            [(Fraction(4, 729), Fraction(4, 405)), (Fraction(4, 405), Fraction(4, 405))],
-            [Fraction(16, 3645), Fraction(0)],
         ),
-        (
-            "(B') pi = 2/5, b = 1/5 at both tokens, R = 1 for the string 10",
-            of_the_same_family(),
-            [Fraction(n, 125) for n in (12, 12, 7, -18)],
-            [(Fraction(324, fifteen), Fraction(486, fifteen)), (Fraction(1296, fifteen), Fraction(1296, fifteen))],
-            [Fraction(756, fifteen), Fraction(54, 3125)],
-        ),
+        ("(B') pi = 2/5, b = 1/5 at both tokens, R = 1 for the string 10", "summed_B", of_the_same_family()),
     )
-    for name, plain, integrand, per_term, sums in expected:
+    for name, entry, plain in worlds:
         world = one_logit(plain.with_parameters(parameters))
         paths = enumerate_trajectories(world)
         rho, f = cumulative(paths), terms(paths)
@@ -242,10 +233,8 @@ def check_ordered(_context: Context, parameters: Parameters) -> Iterator[Evidenc
             f"{name}: F = {listed(whole)}; gradient {gradient}; terms "
             + ", ".join(f"{prefix} <= {full}" for prefix, full in single)
             + f"; sum {both[0]} (prefix) against {both[1]} (sequence)",
-            whole == integrand
-            and gradient == paths.expectation(f.sum(axis=(0, 2)), "target")
-            and single == per_term
-            and both == sums,
+            [*whole, gradient, *single[0], *single[1], *both] == known(entry)
+            and gradient == paths.expectation(f.sum(axis=(0, 2)), "target"),
             {
                 "F": [str(v) for v in whole],
                 "gradient": str(gradient),
@@ -317,7 +306,7 @@ def check_zero_variance(context: Context, tilt: Callable[[Trajectories], np.ndar
         "the recipe on pi = 1/3 twice, R = a1 + a2 gives the b of example (A): b(1) first, after 0, after 1",
         "enumeration",
         f"the recipe gives b(1) = {listed(ones)}, the world (A) of 5.ordered",
-        ones == [HALF, Fraction(5, 9), Fraction(4, 9)],
+        ones == known("zero_variance_recipe"),
         {"b": [str(v) for v in ones]},
     )
     yield _sampled(context, World(plain.mdp, behavior, plain.target, "shared"))
@@ -441,7 +430,7 @@ def check_slope(context: Context, between: Between) -> Iterator[Evidence]:
         f"b = 1/3, R = a1 + a2 and a1 - a2: slopes {listed(slopes)} per unit of pi(1), {listed(logit_slopes)} per unit "
         f"of the logit; is the prefix weight the noisier one after a step up: {noisier[0][0]} and {noisier[1][0]}, "
         f"after a step down: {noisier[0][1]} and {noisier[1][1]}",
-        slopes == [Fraction(4, 27), Fraction(-4, 27)] and noisier == [[False, True], [True, False]],
+        slopes == known("slope") and noisier == [[False, True], [True, False]],
         {
             "slope": [str(v) for v in slopes],
             "slope_in_the_logit": [str(v) for v in logit_slopes],

@@ -22,7 +22,7 @@ import ctpo
 from ctpo.diagnostics import fit_spread
 from simulations.claims.effective_sample_size import SIGMAS
 from simulations.claims.registry import Claim, Context, Evidence
-from simulations.claims.worlds import HALF, listed
+from simulations.claims.worlds import HALF, known, listed
 from simulations.exact import Trajectories, enumerate_trajectories, policy_gradient, summed_scores
 from simulations.mdp import Parameters, World, one_logit, policy_table, tree
 from simulations.monte_carlo import z_threshold
@@ -209,7 +209,7 @@ def check_own(context: Context, judged: Judged) -> Iterator[Evidence]:
         "enumeration",
         f"fair coin: E rho = {listed(means)} for R = 1, a, -1 after one step on the toss itself; bias of the "
         f"weighted gradient {bias}",
-        means == [Fraction(4, 3), Fraction(7, 6), Fraction(2, 3)] and bias == Fraction(-1, 72),
+        [*means, bias] == known("trained_coin"),
         {"means": [str(m) for m in means], "bias": str(bias)},
     )
     worlds = [
@@ -221,8 +221,7 @@ def check_own(context: Context, judged: Judged) -> Iterator[Evidence]:
         "two fair tokens, the same step: E rho_1, E rho_2 for R = 1, R = a1 a2, R = a1 + a2 - 1",
         "enumeration",
         f"two fair tokens: E rho_t = {'; '.join(map(listed, found))} at t = 1, 2 for R = 1, a1 a2, a1 + a2 - 1",
-        found
-        == [[Fraction(4, 3), Fraction(16, 9)], [Fraction(13, 12), Fraction(43, 36)], [Fraction(1), Fraction(19, 18)]],
+        [value for row in found for value in row] == known("trained_pair"),
         {"means": [[str(m) for m in row] for row in found]},
     )
     count, off, biased = 0, 0, 0
@@ -268,7 +267,7 @@ def check_group(context: Context, judged: Judged) -> Iterator[Evidence]:
         "b(1) = 1/3, R = a, group of two, step 12 log 2 on one response: E rho of the other, and of the one itself",
         "enumeration",
         f"E rho = {found} on the other response of the group, {own} on the response itself",
-        (found, own) == (Fraction(28, 27), Fraction(34, 27)),
+        [found, own] == known("trained_group"),
         {"same_group": str(found), "own": str(own)},
     )
     count = zero = moving = 0
@@ -344,18 +343,14 @@ def check_spread(context: Context, judged: Judged) -> Iterator[Evidence]:
             list((weight * x**2).sum(axis=0) - (weight * x).sum(axis=0) ** 2) for x in (up.cumsum(axis=1), up)
         )
         mean[who] = mean_ratio(update, taken)
-    t = range(1, horizon + 1)
     yield Evidence(
         "fair independent tokens, one logit for each position, reward +1 or -1, a step that makes every token ratio "
         "4/3 or 2/3, each half of the time: Var(log2 rho_t) and E rho_t for t = 1..4, trained on and fresh",
         "enumeration",
         f"Var(log2 rho_t) = {listed(variance['own'])} trained on, {listed(variance['fresh'])} fresh; of one token 1/4 "
         f"in both; E rho_t = {listed(mean['own'])} and {listed(mean['fresh'])}",
-        variance["own"] == [Fraction(k * k, 4) for k in t]
-        and variance["fresh"] == [Fraction(k, 4) for k in t]
-        and token["own"] == token["fresh"] == [Fraction(1, 4)] * horizon
-        and mean["own"] == [(Fraction(4, 3) ** k + Fraction(2, 3) ** k) / 2 for k in t]
-        and mean["fresh"] == [1] * horizon,
+        [*variance["own"], *variance["fresh"], *mean["own"], *mean["fresh"]] == known("trained_spread")
+        and token["own"] == token["fresh"] == [Fraction(1, 4)] * horizon,
         {who: {"variance": [str(v) for v in variance[who]], "mean": [str(m) for m in mean[who]]} for who in variance},
     )
     n, length, rng = context.count(2400), 64, context.rng("trained-on spread")

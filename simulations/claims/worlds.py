@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from proofs import counterexample
 from simulations import toy_lm
 from simulations.claims.registry import Context
 from simulations.mdp import Parameters, World, as_numbers, bigram, policy_table, random_tree, sticky_hot, tree
 
 HALF = Fraction(1, 2)
+
+
+def known(name: str) -> list[Fraction]:
+    """The numbers of a counterexample of the proofs, in its order: what is found here must be equal to them."""
+    return list(counterexample(name).values())
 
 
 def random_trees(
