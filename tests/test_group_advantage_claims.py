@@ -142,7 +142,7 @@ def test_baseline_is_not_free_under_a_root_or_a_clip():
         term = (b if a else 1 - b) * (b if c else 1 - b) * root[a + c] * (a + c - 2 * p)
         free += term
         raw += term * a * c
-    under_root = _under_a_root(GROUP_MEAN)
+    under_root = _under_a_root(GROUP_MEAN, "group mean")
     expected = {"mean_score": free, "raw": raw, "with_baseline": (raw - b * b * free) / 2}
     assert free == F(-48, 125)
     assert under_root.numbers == {name: str(value) for name, value in expected.items()}
