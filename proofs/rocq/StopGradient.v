@@ -3,8 +3,8 @@
    The printed surrogate sum_t rho_t A_t depends on the parameters through every factor of rho_t; the released code
    holds all factors but the last one constant. Both are polynomials in the step eps of pi here, the advantages held
    constant, and their first-order coefficients are sum_t rho_t A_t sum_{k<=t} g_k and sum_t rho_t A_t g_t, string by
-   string. Which of the two has the policy gradient as its expectation under b depends on what A is: both with A^pi, only
-   the whole product with A^b, only the stop-gradient form with Q^pi, neither with the reward of the string. *)
+   string. Which of the two has the policy gradient as its expectation under b depends on what A is: both with A^pi,
+   only the whole product with A^b, only the stop-gradient form with Q^pi, neither with the reward of the string. *)
 
 From mathcomp Require Import all_ssreflect all_algebra.
 From mathcomp Require Import ring.
