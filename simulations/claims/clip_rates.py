@@ -968,7 +968,7 @@ CLAIMS = (
         "to 0.",
         "true if",
         "log rho_t/t tends to -kappa < 0 in probability; then eps t^(p-1) falls below kappa. Checked for Gaussian "
-        "and binary tokens, and by bounds for three Markov worlds; that it holds in general is for a proof",
+        "and binary tokens, and by bounds for three Markov worlds; in general it is proved, proofs/window.md",
         "not in the paper; section 3.3 proposes p = 1/2",
         check_power,
         power_window,
