@@ -157,3 +157,212 @@ Theorem claim_6_leave_one_out : (1 < G)%N -> E b H [::] X = 0 ->
 Proof. by move=> G_gt1 X0; rewrite claim_6_baseline_off_policy_leave_one_out // X0 mulr0 subr0. Qed.
 
 End Groups.
+
+(* --- the weights under which a baseline is free ------------------------------------------------------------------------ *)
+
+Section Weights.
+
+Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat).
+Implicit Types (s w : seq A) (f g : seq A -> A -> R) (X L : seq A -> R).
+
+Lemma E_score p g : is_score p g -> E p H [::] (path_sum g) = 0.
+Proof.
+move=> score; transitivity (E p H [::] (fun w => \sum_(t < H) 1 * step g t w)).
+  by apply: eq_E => w sz_w; rewrite /path_sum sz_w; apply: eq_bigr => t _; rewrite mul1r.
+rewrite E_sum big1 // => t _; rewrite (E_step p g (fun=> 1)) // -[RHS](E0 p t [::]).
+by apply: eq_E => s _; rewrite score mulr0.
+Qed.
+
+Hypothesis AC : absolutely_continuous b pi.
+
+(* E_b [rho_{t+1} f_t X] = E_pi [f_t E_b [X | F_{t+1}]]: the ratio corrects what is written up to token t + 1, and b goes
+   on from there. *)
+Lemma E_prefix_weight f X t : (t < H)%N ->
+  E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w * X w) =
+  E pi H [::] (fun w => step f t w * E b (H - t.+1) (take t.+1 w) X).
+Proof.
+move=> lt_tH; rewrite (E_split b _ lt_tH).
+transitivity (E b t.+1 [::] (fun s => rho b pi s * (step f t s * E b (H - t.+1) s X))).
+  apply: eq_E => s /= sz_s; rewrite mulrA -E_scale; apply: eq_E => u _.
+  by rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
+rewrite (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
+rewrite -(E_prefix pi (fun s => step f t s * E b (H - t.+1) s X) lt_tH).
+by apply: eq_E => w _; rewrite step_take.
+Qed.
+
+(* Proposition 1: what is known at its token. *)
+Lemma E_prefix_weight_known f t : (t < H)%N ->
+  E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w) = E pi H [::] (step f t).
+Proof.
+move=> lt_tH; transitivity (E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w * 1)).
+  by apply: eq_E => w _; rewrite mulr1.
+by rewrite (E_prefix_weight f (fun=> 1)) //; apply: eq_E => w _; rewrite E_const mulr1.
+Qed.
+
+(* The weights under which a baseline is free: none where b = pi, and r_t, rho_t and rho_H. (What `claim_6_mean` and
+   `claim_6_leave_one_out` ask of X.) A score has mean 0 under pi given its history, and each of these weights holds the
+   ratio of its token. *)
+Theorem claim_6_mean_weights g : is_score pi g ->
+  [/\ E pi H [::] (path_sum g) = 0,
+      E b H [::] (fun w => \sum_(t < size w) step (fun s a => ratio b pi s a * g s a) t w) = 0,
+      E b H [::] (fun w => \sum_(t < size w) rho b pi (take t.+1 w) * step g t w) = 0
+    & E b H [::] (fun w => rho b pi w * path_sum g w) = 0].
+Proof.
+move=> score; have pi0 t : (t < H)%N -> E pi H [::] (step g t) = 0.
+  move=> lt_tH; transitivity (E pi H [::] (fun w => 1 * step g t w)); first by apply: eq_E => w _; rewrite mul1r.
+  by rewrite (E_step pi g (fun=> 1)) // -[RHS](E0 pi t [::]); apply: eq_E => s _; rewrite score mulr0.
+split; first exact: E_score.
+- transitivity (E b H [::] (fun w => \sum_(t < H) 1 * step (fun s a => ratio b pi s a * g s a) t w)).
+    by apply: eq_E => w /= sz_w; rewrite sz_w; apply: eq_bigr => t _; rewrite mul1r.
+  rewrite E_sum big1 // => t _; rewrite (E_step b _ (fun=> 1)) // -[RHS](E0 b t [::]).
+  apply: eq_E_reachable; first exact: reachable_nil.
+  by move=> s _ reach; rewrite (next_ratio AC) // score mulr0.
+- transitivity (E b H [::] (fun w => \sum_(t < H) rho b pi (take t.+1 w) * step g t w)).
+    by apply: eq_E => w /= sz_w; rewrite sz_w.
+  by rewrite E_sum big1 // => t _; rewrite E_prefix_weight_known ?pi0.
+by rewrite (change_of_measure AC) ?reachable_nil // E_score ?mulr0.
+Qed.
+
+(* --- lengths --------------------------------------------------------------------------------------------------------- *)
+
+(* With the exact advantage, or any f_t = A_t g_t of the prefix and its token, the weight rho_t / T estimates
+   sum_t E_pi [f_t E_b [1/T | F_{t+1}]]: b, not pi, decides how long the response becomes. T is any function of the
+   finished string; the length is one. *)
+Theorem claim_6_length_prop1 f (T : seq A -> R) :
+  E b H [::] (fun w => \sum_(t < size w) rho b pi (take t.+1 w) / T w * step f t w) =
+  E pi H [::] (fun w => \sum_(t < size w) step f t w * E b (H - t.+1) (take t.+1 w) (fun v => (T v)^-1)).
+Proof.
+transitivity (E b H [::] (fun w => \sum_(t < H) rho b pi (take t.+1 w) * step f t w * (T w)^-1)).
+  by apply: eq_E => w /= sz_w; rewrite sz_w; apply: eq_bigr => t _; rewrite mulrAC.
+rewrite E_sum [RHS](_ : _ = E pi H [::] (fun w => \sum_(t < H)
+  step f t w * E b (H - t.+1) (take t.+1 w) (fun v => (T v)^-1))); last by apply: eq_E => w /= sz_w; rewrite sz_w.
+by rewrite E_sum; apply: eq_bigr => t _; rewrite (E_prefix_weight f (fun v => (T v)^-1)).
+Qed.
+
+(* On-policy the length that is averaged is that of pi: the two agree where b and pi give 1/T the same mean. *)
+Theorem claim_6_length_prop1_on_policy f (T : seq A -> R) :
+  E pi H [::] (fun w => \sum_(t < size w) step f t w / T w) =
+  E pi H [::] (fun w => \sum_(t < size w) step f t w * E pi (H - t.+1) (take t.+1 w) (fun v => (T v)^-1)).
+Proof.
+transitivity (E pi H [::] (fun w => \sum_(t < H) step f t w / T w)); first by apply: eq_E => w /= ->.
+rewrite E_sum [RHS](_ : _ = E pi H [::] (fun w => \sum_(t < H)
+  step f t w * E pi (H - t.+1) (take t.+1 w) (fun v => (T v)^-1))); last by apply: eq_E => w /= sz_w; rewrite sz_w.
+rewrite E_sum; apply: eq_bigr => t _; have lt_tH := ltn_ord t; rewrite !(E_split pi _ lt_tH).
+apply: eq_E => s /= sz_s; rewrite [RHS](_ : _ = E pi (H - t.+1) s (fun=> step f t s *
+  E pi (H - t.+1) s (fun v => (T v)^-1))); last first.
+  by apply: eq_E => u _; rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
+rewrite E_const -E_scale; apply: eq_E => u _.
+by rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
+Qed.
+
+(* --- clips ----------------------------------------------------------------------------------------------------------- *)
+
+(* A clip drops tokens from the gradient. Whichever it drops, as long as rho_{t+1}, the advantage and the position
+   decide, all known at token t + 1: what is lost is E_pi [sum_t f_t 1{clipped}]. *)
+Theorem claim_6_clip_identity f (clipped : nat -> seq A -> bool) :
+  E b H [::] (fun w => \sum_(t < size w) rho b pi (take t.+1 w) * step f t w * (~~ clipped t (take t.+1 w))%:R) -
+  E pi H [::] (path_sum f) =
+  - E pi H [::] (fun w => \sum_(t < size w) step f t w * (clipped t (take t.+1 w))%:R).
+Proof.
+pose kept t w := step f t w * (~~ clipped t (take t.+1 w))%:R.
+have term t : (t < H)%N -> E b H [::] (fun w => rho b pi (take t.+1 w) * kept t w) = E pi H [::] (kept t).
+  move=> lt_tH; pose h s := step f t s * (~~ clipped t s)%:R.
+  have keptE w : kept t w = h (take t.+1 w) by rewrite /kept /h step_take.
+  transitivity (E b H [::] (fun w => (fun s => rho b pi s * h s) (take t.+1 w))).
+    by apply: eq_E => w _; rewrite keptE.
+  rewrite (E_prefix b (fun s => rho b pi s * h s) lt_tH) (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
+  by rewrite -(E_prefix pi h lt_tH); apply: eq_E => w _; rewrite keptE.
+transitivity (E pi H [::] (fun w => \sum_(t < H) kept t w) - E pi H [::] (path_sum f)).
+  congr (_ - _); rewrite E_sum -(eq_bigr _ (fun (t : 'I_H) _ => term t (ltn_ord t))) -E_sum.
+  by apply: eq_E => w /= sz_w; rewrite sz_w; apply: eq_bigr => t _; rewrite mulrA.
+rewrite -E_sub -E_opp; apply: eq_E => w /= sz_w; rewrite /path_sum sz_w -sumrB -sumrN; apply: eq_bigr => t _.
+by rewrite /kept; case: (clipped _ _); rewrite ?(mulr0, mulr1, sub0r, subrr, oppr0).
+Qed.
+
+(* Under the ratio of the sequence any function of the whole string may decide. *)
+Theorem claim_6_clip_identity_sequence f (clipped : nat -> seq A -> bool) :
+  E b H [::] (fun w => \sum_(t < size w) rho b pi w * step f t w * (~~ clipped t w)%:R) - E pi H [::] (path_sum f) =
+  - E pi H [::] (fun w => \sum_(t < size w) step f t w * (clipped t w)%:R).
+Proof.
+transitivity (E b H [::] (fun w => rho b pi w * \sum_(t < size w) step f t w * (~~ clipped t w)%:R) -
+              E pi H [::] (path_sum f)).
+  by congr (_ - _); apply: eq_E => w _; rewrite big_distrr /=; apply: eq_bigr => t _; rewrite mulrA.
+rewrite (change_of_measure AC) ?reachable_nil // rho_nil mul1r -E_sub -E_opp; apply: eq_E => w _.
+rewrite /path_sum -sumrB -sumrN; apply: eq_bigr => t _.
+by case: (clipped _ _); rewrite ?(mulr0, mulr1, sub0r, subrr, oppr0).
+Qed.
+
+(* The window [lo, hi] of a ratio, and the clipped surrogate of a token, min(w A, clip(w) A). *)
+Definition clip (lo hi x : R) : R := Num.max lo (Num.min x hi).
+Definition clipped_value (lo hi x a : R) : R := Num.min (x * a) (clip lo hi x * a).
+
+(* It never exceeds w A, so neither does its expectation: for any weights W and advantages, and any windows. *)
+Theorem claim_6_pessimism (p : policy R A) (lo hi : nat -> R) (W : nat -> seq A -> R) f :
+  (forall t w, clipped_value (lo t) (hi t) (W t w) (step f t w) <= W t w * step f t w) /\
+  E p H [::] (fun w => \sum_(t < size w) clipped_value (lo t) (hi t) (W t w) (step f t w)) <=
+  E p H [::] (fun w => \sum_(t < size w) W t w * step f t w).
+Proof.
+have pointwise t w : clipped_value (lo t) (hi t) (W t w) (step f t w) <= W t w * step f t w.
+  by rewrite /clipped_value le_minl lexx.
+by split=> //; apply: E_le => w; apply: ler_sum.
+Qed.
+
+(* With the advantages of b under rho_t the unclipped surrogate is J(pi) - J(b): the advantages of b add up to the reward
+   less its mean under b, along any string. So the clipped one is a lower bound on the improvement. *)
+Theorem claim_6_pessimism_improvement (reward : seq A -> R) (lo hi : nat -> R)
+  (adv := advantage H reward b) (weight := fun t w => rho b pi (take t.+1 w)) :
+  E b H [::] (fun w => \sum_(t < size w) weight t w * step adv t w) = objective H reward pi - objective H reward b /\
+  E b H [::] (fun w => \sum_(t < size w) clipped_value (lo t) (hi t) (weight t w) (step adv t w)) <=
+  objective H reward pi - objective H reward b.
+Proof.
+have unclipped : E b H [::] (fun w => \sum_(t < size w) weight t w * step adv t w) =
+                 objective H reward pi - objective H reward b.
+  transitivity (E b H [::] (fun w => \sum_(t < H) weight t w * step adv t w)); first by apply: eq_E => w /= ->.
+  rewrite E_sum (eq_bigr _ (fun (t : 'I_H) _ => E_prefix_weight_known adv (ltn_ord t))) -E_sum.
+  have telescope w : path_sum adv w = value H reward b w - value H reward b [::].
+    elim/last_ind: w => [|w a IHw]; first by rewrite path_sum_nil subrr.
+    by rewrite path_sum_rcons IHw /adv /advantage /action_value addrC addrA subrK.
+  transitivity (E pi H [::] (fun w => reward w - objective H reward b)); last by rewrite E_sub E_const.
+  apply: eq_E => w /= sz_w; move: (telescope w); rewrite /path_sum sz_w => ->.
+  by rewrite /value /objective sz_w subnn subn0.
+by split=> //; rewrite -unclipped; have [] := claim_6_pessimism b lo hi weight adv.
+Qed.
+
+End Weights.
+
+(* --- the objective of 1/length ----------------------------------------------------------------------------------------- *)
+
+Section Length.
+
+Variables (R : realFieldType) (A : finType) (p : policy R A) (g : seq A -> A -> R).
+
+(* The score-function form of the gradient: moving p in direction g changes the expectation of X by E [X sum_t g_t]. *)
+Lemma gradient_score n s (X : seq A -> R) (Q := E (moved p g) n s (fun w => (X w)%:P)) :
+  Q`_0 = E p n s X /\ Q`_1 = E p n s (fun w => X w * (path_sum g w - path_sum g s)).
+Proof.
+rewrite {}/Q; elim: n s => [|n IHn] s /=; first by rewrite !coefC subrr mulr0.
+rewrite !coef_sum; split; apply: eq_bigr => a _; have [IH0 IH1] := IHn (rcons s a).
+  by rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM IH0 mulr0 addr0.
+rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM /= IH0 IH1 -mulrA -mulrDr; congr (_ * _); rewrite -E_scale -E_add.
+by apply: eq_E => u _; rewrite path_sum_rcons; ring.
+Qed.
+
+(* 1/T ascends another objective: E [(R - c)/T sum_t g_t] is the gradient of E [(R - c)/T], for any function T of the
+   finished string, its length for one. *)
+Theorem claim_6_length H (reward T : seq A -> R) c :
+  E p H [::] (fun w => (reward w - c) / T w * path_sum g w) = gradient p g H (fun w => (reward w - c) / T w).
+Proof.
+rewrite /gradient (gradient_score H [::] (fun w => (reward w - c) / T w)).2.
+by apply: eq_E => w _; rewrite path_sum_nil subr0.
+Qed.
+
+(* The baseline is part of it: it takes away c E [(1/T) sum_t g_t], which is 0 for a constant T. *)
+Theorem claim_6_length_baseline H (reward T : seq A -> R) c :
+  gradient p g H (fun w => (reward w - c) / T w) =
+  gradient p g H (fun w => reward w / T w) - c * E p H [::] (fun w => (T w)^-1 * path_sum g w).
+Proof.
+rewrite -claim_6_length -E_scale /gradient (gradient_score H [::] (fun w => reward w / T w)).2 -E_sub.
+by apply: eq_E => w _; rewrite path_sum_nil subr0; ring.
+Qed.
+
+End Length.
