@@ -536,3 +536,205 @@ move=> AC chi2d le_tH; have VarE n : (n <= H)%N -> Var b H [::] (fun w => rho b 
 rewrite /variance_ratio -!VarE //; congr (_ / _).
 by rewrite /Var; congr (_ - _ ^+ 2); apply: eq_E => w sz_w; rewrite /= take_oversize ?sz_w.
 Qed.
+
+(* --- chapter 11: a third policy samples ------------------------------------------------------------------------------ *)
+
+Section ThreePolicies.
+
+Variables (R : realFieldType) (A : finType) (mu b pi : policy R A).
+Implicit Types (s w : seq A) (f X : seq A -> R).
+
+Lemma reachable_ac (p q : policy R A) s : absolutely_continuous p q -> reachable q s -> reachable p s.
+Proof.
+move=> ac; elim/last_ind: s => [|s a IHs]; first by rewrite !reachable_nil.
+rewrite !reachable_rcons => /andP[/IHs reach q_gt0]; rewrite reach lt_def prob_ge0 andbT.
+by apply: contraL q_gt0 => /eqP/(ac _ _ reach) ->; rewrite ltxx.
+Qed.
+
+(* The ratio of q over p turns an expectation under q into one under p. *)
+Lemma E_correct (p q : policy R A) n X : absolutely_continuous p q ->
+  E q n [::] X = E p n [::] (fun w => rho p q w * X w).
+Proof. by move=> ac; rewrite (change_of_measure ac) ?reachable_nil // rho_nil mul1r. Qed.
+
+Section Corrected.
+
+(* The sampler can write what the old policy can, and the old policy what the target can. *)
+Hypotheses (AC_mu : absolutely_continuous mu b) (AC_b : absolutely_continuous b pi).
+
+(* For samples of mu, the ratio of the whole string b/mu times rho_t = pi/b is unbiased for what is known at token t, *)
+Theorem claim_11_prefix_sequence H t f : (t <= H)%N ->
+  E mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))) = E pi H [::] (fun w => f (take t w)).
+Proof.
+move=> le_tH; rewrite (change_of_measure AC_mu _ (fun w => rho b pi (take t w) * f (take t w))) ?reachable_nil //.
+rewrite rho_nil mul1r (E_prefix b (fun s => rho b pi s * f s)) // (change_of_measure AC_b) ?reachable_nil //.
+by rewrite rho_nil mul1r E_prefix.
+Qed.
+
+(* and so is the ratio of its first t tokens, which are all that the integrand has seen, *)
+Theorem claim_11_prefix H t f : (t <= H)%N ->
+  E mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) =
+  E pi H [::] (fun w => f (take t w)).
+Proof.
+move=> le_tH; rewrite (E_prefix mu (fun s => rho mu b s * (rho b pi s * f s))) //.
+rewrite (change_of_measure AC_mu _ (fun s => rho b pi s * f s)) ?(change_of_measure AC_b) ?reachable_nil //.
+by rewrite !rho_nil !mul1r E_prefix.
+Qed.
+
+(* which is never noisier: given t tokens, the ratio of the string has the ratio so far as its mean. *)
+Theorem claim_11_prefix_variance H t f : (t <= H)%N ->
+  Var mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) <=
+  Var mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))).
+Proof.
+move=> le_tH; rewrite /Var claim_11_prefix // claim_11_prefix_sequence // ler_add2r.
+rewrite (E_prefix mu (fun s => (rho mu b s * (rho b pi s * f s)) ^+ 2)) // (E_split _ _ le_tH) -subr_ge0 -E_sub.
+suff -> : E mu t [::] (fun s => E mu (H - t) s (fun w => (rho mu b w * (rho b pi (take t w) * f (take t w))) ^+ 2) -
+    (rho mu b s * (rho b pi s * f s)) ^+ 2) = E mu t [::] (fun s => (rho b pi s * f s) ^+ 2 * Var mu (H - t) s (rho mu b)).
+  by apply: E_ge0 => s; rewrite mulr_ge0 ?sqr_ge0 ?Var_ge0.
+apply: eq_E_reachable => [|s /= sz_s reach]; first exact: reachable_nil.
+transitivity (E mu (H - t) s (fun w => (rho b pi s * f s) ^+ 2 * rho mu b w ^+ 2) - (rho mu b s * (rho b pi s * f s)) ^+ 2).
+  by congr (_ - _); apply: eq_E => u _; rewrite -sz_s take_size_cat // exprMn mulrC.
+rewrite /Var; have -> : E mu (H - t) s (rho mu b) = rho mu b s.
+  transitivity (E mu (H - t) s (fun w => rho mu b w * 1)); first by apply: eq_E => u _; rewrite mulr1.
+  by rewrite (change_of_measure AC_mu) // E_const mulr1.
+by rewrite E_scale mulrBr; congr (_ - _); rewrite exprMn mulrC.
+Qed.
+
+(* The old policy cancels: corrected by its prefix, rho_t is the ratio of target and sampler. *)
+Theorem claim_11_prefix_cancels w : reachable mu w -> rho mu b w * rho b pi w = rho mu pi w.
+Proof.
+move=> reach; rewrite !(rho_string_prob _ reach).
+have [reach_b | ] := boolP (reachable b w).
+  by rewrite (rho_string_prob pi reach_b) mulrC mulrA divfK ?gt_eqF.
+have unreachable (p : policy R A) : ~~ reachable p w -> string_prob p w = 0.
+  by rewrite /reachable -leNgt => prob_le0; apply/eqP; rewrite eq_le prob_le0 string_prob_ge0.
+move=> unreach; rewrite (unreachable b) // (unreachable pi) ?mul0r //.
+by apply: contra unreach => /(reachable_ac AC_b).
+Qed.
+
+End Corrected.
+
+(* Without a correction: the bias of rho_t, for a sampler that writes nothing that b cannot. *)
+Theorem claim_11_none H t f : absolutely_continuous b mu -> absolutely_continuous b pi -> (t <= H)%N ->
+  E mu H [::] (fun w => rho b pi (take t w) * f (take t w)) - E pi H [::] (fun w => f (take t w)) =
+  E b H [::] (fun w => (rho b mu (take t w) - 1) * rho b pi (take t w) * f (take t w)).
+Proof.
+move=> AC_mu AC_pi le_tH; rewrite (E_prefix mu (fun s => rho b pi s * f s)) // E_prefix //.
+rewrite (E_prefix b (fun s => (rho b mu s - 1) * rho b pi s * f s)) //.
+by rewrite !(E_correct t _ AC_mu) !(E_correct t _ AC_pi) -E_sub; apply: eq_E => w _; ring.
+Qed.
+
+(* Its mean is off by the covariance of two ratios that are each unbiased under b. *)
+Theorem claim_11_none_mean H t : absolutely_continuous b mu -> absolutely_continuous b pi -> (t <= H)%N ->
+  E mu H [::] (fun w => rho b pi (take t w)) - 1 = Cov b t [::] (rho b mu) (rho b pi).
+Proof.
+move=> AC_mu AC_pi le_tH; rewrite (E_prefix mu (rho b pi)) // /Cov !E_rho // mulr1.
+by rewrite (change_of_measure AC_mu) ?reachable_nil // rho_nil mul1r.
+Qed.
+
+(* If the ratio of a token has mean q under mu at every history, that of t tokens has mean q^t. *)
+Theorem claim_11_none_power q t : (forall s, next mu s (ratio b pi s) = q) -> E mu t [::] (rho b pi) = q ^+ t.
+Proof.
+move=> mean_q; elim: t => [|t IHt]; first by rewrite /= rho_nil.
+rewrite E_last exprSr mulrC -IHt -E_scale; apply: eq_E => w _.
+rewrite mulrC -(mean_q ([::] ++ w)) -next_scale.
+by apply: eq_bigr => a _; rewrite rho_rcons.
+Qed.
+
+(* A cap on the ratio of the string: truncated, a ratio above c counts as c; masked, as 0. *)
+Definition truncated c (w : R) : R := Num.min w c.
+Definition masked c (w : R) : R := if w <= c then w else 0.
+
+(* What each cap takes from the mean, for any X: the part of b's mass that lies above it. *)
+Theorem claim_11_sequence_cap_truncated c H X : absolutely_continuous mu b -> 0 <= c ->
+  E mu H [::] (fun w => truncated c (rho mu b w) * X w) - E b H [::] X =
+  - E b H [::] (fun w => Num.max 0 (1 - c / rho mu b w) * X w).
+Proof.
+move=> ac c_ge0; rewrite !(E_correct H _ ac) -E_sub -E_opp.
+apply: eq_E => w _; rewrite cat0s -mulrBl mulrA -[RHS]mulNr; congr (_ * _).
+have := rho_ge0 mu b w; rewrite /truncated le_eqVlt => /predU1P[<- | rho_gt0].
+  by rewrite min_l // mul0r subr0 oppr0.
+case: (leP (rho mu b w) c) => [le_c | gt_c].
+  by rewrite max_l ?mulr0 ?subrr ?oppr0 // subr_le0 ler_pdivl_mulr // mul1r.
+rewrite max_r; first by rewrite mulrBr mulr1 mulrC divfK ?gt_eqF // opprB.
+by rewrite subr_ge0 ler_pdivr_mulr // mul1r ltW.
+Qed.
+
+Theorem claim_11_sequence_cap_masked c H X : absolutely_continuous mu b ->
+  E mu H [::] (fun w => masked c (rho mu b w) * X w) - E b H [::] X =
+  - E b H [::] (fun w => (c < rho mu b w)%R%:R * X w).
+Proof.
+move=> ac; rewrite !(E_correct H _ ac) -E_sub -E_opp.
+apply: eq_E => w _; rewrite cat0s -mulrBl mulrA -[RHS]mulNr; congr (_ * _); rewrite /masked.
+by case: leP => _; rewrite ?subrr ?mulr0 ?oppr0 // sub0r mulr1.
+Qed.
+
+(* Over long strings nothing is left: if the ratios have square roots u with a mean of at most q under mu (q is the
+   affinity sum_a sqrt(mu b) of the two policies, below 1 where they differ), the weight capped at c^2 has a mean of at
+   most c q^H, as min(w, c^2) <= c sqrt(w). *)
+Theorem claim_11_sequence_cap_vanishes (u : seq A -> A -> R) q c H : 0 <= c ->
+  (forall s a, 0 <= u s a) -> (forall s a, ratio mu b s a = u s a ^+ 2) -> (forall s, next mu s (u s) <= q) ->
+  E mu H [::] (fun w => truncated (c ^+ 2) (rho mu b w)) <= c * q ^+ H.
+Proof.
+move=> c_ge0 u_ge0 uu mean_u.
+have root_ge0 w : 0 <= path_prod u w by apply: prodr_ge0 => t _; rewrite /step; case: (drop _ _).
+have rhoE w : rho mu b w = path_prod u w ^+ 2.
+  by elim/last_ind: w => [|w a IHw]; rewrite ?rho_nil ?path_prod_nil ?expr1n // rho_rcons path_prod_rcons exprMn IHw uu.
+have le_root w : truncated (c ^+ 2) (rho mu b w) <= c * path_prod u w.
+  rewrite /truncated rhoE le_minl !expr2; case/orP: (le_total (path_prod u w) c) => le_cw.
+    by rewrite ler_wpmul2r.
+  by apply/orP; right; rewrite ler_wpmul2l.
+apply: le_trans (E_le mu H [::] le_root) _; rewrite E_scale ler_wpmul2l //.
+elim: H => [|H IHH]; first by rewrite /= path_prod_nil.
+have q_ge0 : 0 <= q.
+  by apply: le_trans (mean_u [::]); apply: sumr_ge0 => a _; rewrite mulr_ge0 ?prob_ge0.
+rewrite exprS; apply: le_trans (ler_wpmul2l q_ge0 IHH); rewrite -E_scale E_last; apply: E_le => w.
+rewrite mulrC; apply: le_trans (ler_wpmul2l (root_ge0 w) (mean_u w)); rewrite -next_scale.
+by apply: ler_sum => a _; rewrite path_prod_rcons.
+Qed.
+
+End ThreePolicies.
+
+(* --- 11.masked: what a cap does to the variance of a weight ---------------------------------------------------------- *)
+
+Section Caps.
+
+Variables (R : realFieldType) (A : finType) (p : policy R A).
+Implicit Types (s : seq A) (X : seq A -> R) (c : R).
+
+Lemma Var_le_around n s X c : Var p n s X <= E p n s (fun w => (X w - c) ^+ 2).
+Proof.
+have -> : E p n s (fun w => (X w - c) ^+ 2) = Var p n s X + (E p n s X - c) ^+ 2.
+  transitivity (E p n s (fun w => X w ^+ 2 - 2%:R * c * X w + c ^+ 2)); first by apply: eq_E => u _; ring.
+  by rewrite E_add E_sub E_scale E_const /Var; move: (E _ _ _ _) (E _ _ _ _) => y m; ring.
+by rewrite ler_addl sqr_ge0.
+Qed.
+
+(* Cutting a weight at c brings no two of its values further apart, *)
+Lemma truncated_closer c (x y : R) : (truncated c x - truncated c y) ^+ 2 <= (x - y) ^+ 2.
+Proof.
+wlog le_xy : x y / x <= y.
+  move=> closer; case/orP: (le_total x y) => [/closer // | /closer].
+  by rewrite -sqrrN opprB -[X in _ <= X -> _]sqrrN opprB.
+rewrite -sqrrN opprB -[X in _ <= X]sqrrN opprB /truncated.
+have min_mono : Num.min x c <= Num.min y c by rewrite le_minr !le_minl le_xy lexx orbT.
+rewrite ler_expn2r ?nnegrE ?subr_ge0 //.
+case: (leP y c) => [le_yc | lt_cy]; first by rewrite min_l // (le_trans le_xy).
+by case: (leP x c) => _; rewrite ?subrr ?subr_ge0 // ler_add2r ltW.
+Qed.
+
+(* so truncation never raises the variance. *)
+Theorem claim_11_masked_truncated n s X c : Var p n s (fun w => truncated c (X w)) <= Var p n s X.
+Proof.
+apply: le_trans (Var_le_around _ _ _ (truncated c (E p n s X))) _; rewrite [X in _ <= X]Var_centered.
+by apply: E_le => w; apply: truncated_closer.
+Qed.
+
+(* Masking loses at least as much of the mean of a non-negative weight as truncation does. *)
+Theorem claim_11_masked_mean n s X c : 0 <= c ->
+  E p n s (fun w => masked c (X w)) <= E p n s (fun w => truncated c (X w)) <= E p n s X.
+Proof.
+move=> c_ge0; apply/andP; split; apply: E_le => w; rewrite /masked /truncated; last by rewrite le_minl lexx.
+by case: (leP (X w) c).
+Qed.
+
+End Caps.
