@@ -1,6 +1,6 @@
-(* Second moments of the cumulative ratio: how they compound, when the product formula holds, and by how much the ratio of
-   the whole string is noisier than that of its first t tokens; the ratios of single tokens are uncorrelated in any case.
-   Then a third policy between the sampler and the target: which weights correct for it, and what a cap takes away.
+(* Second moments of the cumulative ratio: how they compound, when the product formula holds, and by how much the ratio
+   of the whole string is noisier than that of its first t tokens; the ratios of single tokens are uncorrelated in any
+   case. Then a third policy between sampler and target: which weights correct for it, and what a cap takes away.
 
    The second moment is compounded by the divergence chi2 averaged under b tilted by rho^2. The product formula averages
    it under b, which is the same thing only if rho^2 and chi2 are uncorrelated. *)
@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- expectations, token by token ------------------------------------------------------------------------------------ *)
+(* --- expectations, token by token --------------------------------------------------------------------------------- *)
 
 Section Tokens.
 
@@ -50,7 +50,7 @@ Proof. by rewrite /next big_distrr /=; apply: eq_bigr => a _; rewrite mulrCA. Qe
 
 End Tokens.
 
-(* --- chapter 2: how the second moment compounds ---------------------------------------------------------------------- *)
+(* --- chapter 2: how the second moment compounds ------------------------------------------------------------------- *)
 
 Section SecondMoments.
 
@@ -168,8 +168,8 @@ rewrite /Cov !E_ratio // mulr1 -(E_ratio lt_jk) -(E_known_ratio _ lt_kH); apply/
 by apply: eq_E => w _; rewrite step_take.
 Qed.
 
-(* When the product formula holds: up to token T it does if and only if rho_k^2 and the divergence of the token after are
-   uncorrelated for all k < T. One step of the recursion at a time. *)
+(* When the product formula holds: up to token T it does if and only if rho_k^2 and the divergence of the token after
+   are uncorrelated for all k < T. One step of the recursion at a time. *)
 Theorem claim_2_product_iff T :
   (forall t, (t <= T)%N -> Var b T [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1) <->
   (forall k, (k < T)%N -> Cov b k [::] (fun s => rho s ^+ 2) chi2 = 0).
@@ -188,8 +188,8 @@ rewrite big_ord_recr -IHt ?(ltnW lt_tT) //.
 by apply/eqP; rewrite -subr_eq0 -covE cov0.
 Qed.
 
-(* Prop 2(ii): the product formula holds if chi2 is the same after all histories of a length that b can write. Tokens may
-   well depend on the history. *)
+(* Prop 2(ii): the product formula holds if chi2 is the same after all histories of a length that b can write. Tokens
+   may well depend on the history. *)
 Theorem claim_2_product H t : (t <= H)%N ->
   (forall s s', reachable b s -> reachable b s' -> size s = size s' -> chi2 s = chi2 s') ->
   Var b H [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1.
@@ -219,7 +219,8 @@ Qed.
 (* The ratios of the tokens are independent: the mean of a product of functions of one ratio each is the product of
    their means. Then the product formula holds, as rho_t^2 is such a product. *)
 Definition independent_ratios H := forall phi : nat -> R -> R,
-  E b H [::] (fun w => \prod_(k < H) phi k (step ratio k w)) = \prod_(k < H) E b H [::] (fun w => phi k (step ratio k w)).
+  E b H [::] (fun w => \prod_(k < H) phi k (step ratio k w)) =
+  \prod_(k < H) E b H [::] (fun w => phi k (step ratio k w)).
 
 Theorem claim_2_product_independent H t : (t <= H)%N -> independent_ratios H ->
   Var b H [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1.
@@ -299,7 +300,7 @@ End States.
 
 End SecondMoments.
 
-(* --- 2.general: how far the product formula can be off ------------------------------------------------------------- *)
+(* --- 2.general: how far the product formula can be off ------------------------------------------------------------ *)
 
 (* Binary tokens: the probability of a, if that of 1 is x. *)
 Definition coin (R : realFieldType) (x : R) (a : bool) : R := if a then x else 1 - x.
@@ -337,7 +338,8 @@ Definition hot_target : policy R bool_finType := Policy (fun s a => coin_ge0 a (
 Lemma chi2_coin_flips s : chi2 coin_flips hot_target s = (2%:R * hot_or_cold s - 1) ^+ 2.
 Proof. by rewrite /chi2 big_bool /=; field. Qed.
 
-(* The second moment, and what the product formula says that it is: half of b's strings have chi2 = 1/4 at every token. *)
+(* The second moment, and what the product formula says that it is: half of b's strings have chi2 = 1/4 at every token
+   after the first. *)
 Theorem claim_2_general_true t : second_moment coin_flips hot_target t.+1 =
   2%:R * (q ^+ 2 * (5%:R / 4%:R) ^+ t + (1 - q) ^+ 2).
 Proof.
@@ -363,7 +365,7 @@ Qed.
 
 End TwoKinds.
 
-(* So the formula is too small by a factor that grows like (10/9)^t if the target writes a first 1 as often as b does, *)
+(* So the formula is too small by a factor that grows like (10/9)^t if the target writes a first 1 as often as b, *)
 Theorem claim_2_general_above (R : realFieldType) t :
   \prod_(k < t.+1) (1 + chi2_marginal (coin_flips R) (hot_target (half01 R)) k) * (10%:R / 9%:R) ^+ t / 2%:R <=
   second_moment (coin_flips R) (hot_target (half01 R)) t.+1.
@@ -380,7 +382,7 @@ Theorem claim_2_general_below (R : realFieldType) (zero01 : 0 <= (0 : R) <= 1) t
   \prod_(k < t.+1) (1 + chi2_marginal (coin_flips R) (hot_target zero01) k).
 Proof. by rewrite claim_2_general_formula claim_2_general_true; move: (_ ^+ t) (_ ^+ t) => z y; ring. Qed.
 
-(* --- chapter 2r: the ratio of two variances -------------------------------------------------------------------------- *)
+(* --- chapter 2r: the ratio of two variances ----------------------------------------------------------------------- *)
 
 Section VarianceRatio.
 
@@ -537,7 +539,7 @@ rewrite /variance_ratio -!VarE //; congr (_ / _).
 by rewrite /Var; congr (_ - _ ^+ 2); apply: eq_E => w sz_w; rewrite /= take_oversize ?sz_w.
 Qed.
 
-(* --- chapter 11: a third policy samples ------------------------------------------------------------------------------ *)
+(* --- chapter 11: a third policy samples --------------------------------------------------------------------------- *)
 
 Section ThreePolicies.
 
@@ -588,15 +590,44 @@ Proof.
 move=> le_tH; rewrite /Var claim_11_prefix // claim_11_prefix_sequence // ler_add2r.
 rewrite (E_prefix mu (fun s => (rho mu b s * (rho b pi s * f s)) ^+ 2)) // (E_split _ _ le_tH) -subr_ge0 -E_sub.
 suff -> : E mu t [::] (fun s => E mu (H - t) s (fun w => (rho mu b w * (rho b pi (take t w) * f (take t w))) ^+ 2) -
-    (rho mu b s * (rho b pi s * f s)) ^+ 2) = E mu t [::] (fun s => (rho b pi s * f s) ^+ 2 * Var mu (H - t) s (rho mu b)).
+    (rho mu b s * (rho b pi s * f s)) ^+ 2) =
+    E mu t [::] (fun s => (rho b pi s * f s) ^+ 2 * Var mu (H - t) s (rho mu b)).
   by apply: E_ge0 => s; rewrite mulr_ge0 ?sqr_ge0 ?Var_ge0.
 apply: eq_E_reachable => [|s /= sz_s reach]; first exact: reachable_nil.
-transitivity (E mu (H - t) s (fun w => (rho b pi s * f s) ^+ 2 * rho mu b w ^+ 2) - (rho mu b s * (rho b pi s * f s)) ^+ 2).
+transitivity (E mu (H - t) s (fun w => (rho b pi s * f s) ^+ 2 * rho mu b w ^+ 2) -
+    (rho mu b s * (rho b pi s * f s)) ^+ 2).
   by congr (_ - _); apply: eq_E => u _; rewrite -sz_s take_size_cat // exprMn mulrC.
 rewrite /Var; have -> : E mu (H - t) s (rho mu b) = rho mu b s.
   transitivity (E mu (H - t) s (fun w => rho mu b w * 1)); first by apply: eq_E => u _; rewrite mulr1.
   by rewrite (change_of_measure AC_mu) // E_const mulr1.
 by rewrite E_scale mulrBr; congr (_ - _); rewrite exprMn mulrC.
+Qed.
+
+(* Summed over the tokens, then, for any function of history and token, such as a score times the exact advantage: *)
+Theorem claim_11_levels_prefix H (g : seq A -> A -> R) :
+  E mu H [::] (fun w => \sum_(t < H) rho mu b (take t.+1 w) * (rho b pi (take t.+1 w) * step g t w)) =
+  E pi H [::] (path_sum g).
+Proof.
+rewrite E_sum; transitivity (\sum_(t < H) E pi H [::] (step g t)); last first.
+  by rewrite -E_sum; apply: eq_E => w sz_w; rewrite /path_sum /= sz_w.
+apply: eq_bigr => t _; have known p : E p H [::] (step g t) = E p H [::] (fun w => step g t (take t.+1 w)).
+  by apply: eq_E => w _; rewrite step_take.
+rewrite known -claim_11_prefix //; apply: eq_E => w _.
+by rewrite step_take.
+Qed.
+
+Theorem claim_11_levels_sequence H (g : seq A -> A -> R) :
+  E mu H [::] (fun w => rho mu b w * \sum_(t < H) rho b pi (take t.+1 w) * step g t w) = E pi H [::] (path_sum g).
+Proof.
+rewrite -claim_11_levels_prefix E_sum.
+transitivity (E mu H [::] (fun w => \sum_(t < H) rho mu b w * (rho b pi (take t.+1 w) * step g t w))).
+  by apply: eq_E => w _; rewrite big_distrr.
+rewrite E_sum; apply: eq_bigr => t _.
+have known w : step g t w = step g t (take t.+1 w) by rewrite step_take.
+have lt_tH := ltn_ord t.
+transitivity (E pi H [::] (fun w => step g t (take t.+1 w))).
+  by rewrite -claim_11_prefix_sequence //; apply: eq_E => w _; rewrite -known.
+by rewrite -claim_11_prefix //; apply: eq_E => w _; rewrite -known.
 Qed.
 
 (* The old policy cancels: corrected by its prefix, rho_t is the ratio of target and sampler. *)
@@ -694,7 +725,7 @@ Qed.
 
 End ThreePolicies.
 
-(* --- 11.masked: what a cap does to the variance of a weight ---------------------------------------------------------- *)
+(* --- 11.masked: what a cap does to the variance of a weight ------------------------------------------------------- *)
 
 Section Caps.
 
