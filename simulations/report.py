@@ -113,9 +113,10 @@ CHAPTERS = (
         "that is flat in t, at 5 to 10 %.",
         "Genuine log-ratios fall by the divergence, token after token, so a window around 0 of any power below 1 "
         "is left downwards sooner or later (checked for Gaussian and binary tokens and three Markov worlds; proved "
-        "where every history costs some least drift, of tokens with bounded variance). At the paper's spreads the released window leaves 28 to 33 % of the "
-        "tokens with negative advantage below it at t = 100 and 77 to 87 % at 8000. A window that follows the "
-        "drift is flat for Gaussian ratios of one speed; its bias need not be smaller.",
+        "where every history costs some least drift, of tokens with bounded variance). At the paper's spreads the "
+        "released window leaves 28 to 33 % of the tokens with negative advantage below it at t = 100 and 77 to 87 % "
+        "at 8000. A window that follows the drift is flat for Gaussian ratios of one speed; its bias need not be "
+        "smaller.",
         {"spread_synthetic": "Spread and drift on synthetic worlds."},
     ),
     Chapter(
