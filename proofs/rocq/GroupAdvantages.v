@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- one response -------------------------------------------------------------------------------------------------- *)
+(* --- one response ------------------------------------------------------------------------------------------------- *)
 
 Section Response.
 
@@ -43,7 +43,7 @@ Qed.
 
 End Response.
 
-(* --- groups ---------------------------------------------------------------------------------------------------------- *)
+(* --- groups ------------------------------------------------------------------------------------------------------- *)
 
 Section Groups.
 
@@ -95,7 +95,7 @@ apply: eq_group_E => o; rewrite (bigD1 i) //= eqxx (bigD1 j) ?ji //= eqxx big1 ?
 by rewrite (negbTE ki) (negbTE kj).
 Qed.
 
-(* --- baselines ------------------------------------------------------------------------------------------------------- *)
+(* --- baselines ---------------------------------------------------------------------------------------------------- *)
 
 Variables (reward X : seq A -> R).
 
@@ -158,7 +158,7 @@ Proof. by move=> G_gt1 X0; rewrite claim_6_baseline_off_policy_leave_one_out // 
 
 End Groups.
 
-(* --- the weights under which a baseline is free ------------------------------------------------------------------------ *)
+(* --- the weights under which a baseline is free ------------------------------------------------------------------- *)
 
 Section Weights.
 
@@ -175,8 +175,8 @@ Qed.
 
 Hypothesis AC : absolutely_continuous b pi.
 
-(* E_b [rho_{t+1} f_t X] = E_pi [f_t E_b [X | F_{t+1}]]: the ratio corrects what is written up to token t + 1, and b goes
-   on from there. *)
+(* E_b [rho_{t+1} f_t X] = E_pi [f_t E_b [X | F_{t+1}]]: the ratio corrects what is written up to token t + 1, and b
+   goes on from there. *)
 Lemma E_prefix_weight f X t : (t < H)%N ->
   E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w * X w) =
   E pi H [::] (fun w => step f t w * E b (H - t.+1) (take t.+1 w) X).
@@ -223,7 +223,7 @@ split; first exact: E_score.
 by rewrite (change_of_measure AC) ?reachable_nil // E_score ?mulr0.
 Qed.
 
-(* --- lengths --------------------------------------------------------------------------------------------------------- *)
+(* --- lengths ------------------------------------------------------------------------------------------------------ *)
 
 (* With the exact advantage, or any f_t = A_t g_t of the prefix and its token, the weight rho_t / T estimates
    sum_t E_pi [f_t E_b [1/T | F_{t+1}]]: b, not pi, decides how long the response becomes. T is any function of the
@@ -255,7 +255,7 @@ rewrite E_const -E_scale; apply: eq_E => u _.
 by rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
 Qed.
 
-(* --- clips ----------------------------------------------------------------------------------------------------------- *)
+(* --- clips -------------------------------------------------------------------------------------------------------- *)
 
 (* A clip drops tokens from the gradient. Whichever it drops, as long as rho_{t+1}, the advantage and the position
    decide, all known at token t + 1: what is lost is E_pi [sum_t f_t 1{clipped}]. *)
@@ -307,8 +307,8 @@ have pointwise t w : clipped_value (lo t) (hi t) (W t w) (step f t w) <= W t w *
 by split=> //; apply: E_le => w; apply: ler_sum.
 Qed.
 
-(* With the advantages of b under rho_t the unclipped surrogate is J(pi) - J(b): the advantages of b add up to the reward
-   less its mean under b, along any string. So the clipped one is a lower bound on the improvement. *)
+(* With the advantages of b under rho_t the unclipped surrogate is J(pi) - J(b): the advantages of b add up to the
+   reward less its mean under b, along any string. So the clipped one is a lower bound on the improvement. *)
 Theorem claim_6_pessimism_improvement (reward : seq A -> R) (lo hi : nat -> R)
   (adv := advantage H reward b) (weight := fun t w => rho b pi (take t.+1 w)) :
   E b H [::] (fun w => \sum_(t < size w) weight t w * step adv t w) = objective H reward pi - objective H reward b /\
@@ -330,7 +330,7 @@ Qed.
 
 End Weights.
 
-(* --- the objective of 1/length ----------------------------------------------------------------------------------------- *)
+(* --- the objective of 1/length ------------------------------------------------------------------------------------ *)
 
 Section Length.
 
@@ -343,7 +343,8 @@ Proof.
 rewrite {}/Q; elim: n s => [|n IHn] s /=; first by rewrite !coefC subrr mulr0.
 rewrite !coef_sum; split; apply: eq_bigr => a _; have [IH0 IH1] := IHn (rcons s a).
   by rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM IH0 mulr0 addr0.
-rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM /= IH0 IH1 -mulrA -mulrDr; congr (_ * _); rewrite -E_scale -E_add.
+rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM /= IH0 IH1 -mulrA -mulrDr; congr (_ * _).
+rewrite -E_scale -E_add.
 by apply: eq_E => u _; rewrite path_sum_rcons; ring.
 Qed.
 
@@ -366,3 +367,112 @@ by apply: eq_E => w _; rewrite path_sum_nil subr0; ring.
 Qed.
 
 End Length.
+
+(* --- division by the standard deviation --------------------------------------------------------------------------- *)
+
+Section Standardized.
+
+Variables (R : realFieldType) (A : finType) (b : policy R A) (H G : nat).
+Variables (right : pred (seq A)) (X : seq A -> R) (inverse_std : nat -> R).
+
+(* Rewards of 0 and 1. The standard deviation of a group is a function of its number of successes, and so is its
+   inverse; which function does not matter here (that of the population or of the sample, a constant added or not). *)
+Let reward w : R := (right w)%:R.
+Let mean := @group_mean R A H G reward.
+Definition successes (o : group A H G) : nat := \sum_(j < G) right (o j).
+Definition std_estimate (o : group A H G) : R :=
+  G%:R^-1 * \sum_(i < G) inverse_std (successes o) * (reward (o i) - mean o) * X (o i).
+
+Let p := E b H [::] reward.
+Let D := E b H [::] (fun w => reward w * X w).
+
+(* X less what the reward says of it: E [X' 1{reward = e}] = 0 for e = 0 and e = 1. *)
+Let X' w := X w - D / (p * (1 - p)) * (reward w - p).
+
+Hypotheses (X_mean : E b H [::] X = 0) (p_gt0 : 0 < p) (p_lt1 : p < 1).
+
+Lemma p_neq01 : (p != 0) * (1 - p != 0).
+Proof. by rewrite !lt0r_neq0 // subr_gt0. Qed.
+
+Lemma X'_given (e : bool) : E b H [::] (fun w => (right w == e)%:R * X' w) = 0.
+Proof.
+have [p0 p1] := p_neq01.
+have E1 : E b H [::] X' = 0.
+  by rewrite /X' E_sub E_scale E_sub E_const X_mean -/p subrr mulr0 subr0.
+have ER : E b H [::] (fun w => reward w * X' w) = 0.
+  transitivity (E b H [::] (fun w => reward w * X w - D / p * reward w)).
+    apply: eq_E => w _; rewrite /X' /reward; case: (right w) => /=; last by rewrite !mul0r mulr0 subr0.
+    by field; rewrite p1 p0.
+  by rewrite E_sub E_scale -/D -/p divfK // subrr.
+case: e; first by rewrite -[RHS]ER; apply: eq_E => w _; rewrite eqb_id.
+rewrite -[RHS](subrr 0) -{1}E1 -{1}ER -E_sub; apply: eq_E => w _.
+by rewrite eqbF_neg /reward; case: (right w); rewrite /= ?mul1r ?mul0r ?subrr ?subr0.
+Qed.
+
+(* So, whatever is made of the rewards of a group, the part X' of a response adds nothing. *)
+Lemma X'_group i (Phi : {ffun 'I_G -> bool} -> R) :
+  group_E b (fun o : group A H G => Phi [ffun k => right (o k)] * X' (o i)) = 0.
+Proof.
+pose factor (e : {ffun 'I_G -> bool}) k w := (right w == e k)%:R * (if k == i then X' w else 1).
+transitivity (group_E b (fun o : group A H G => \sum_e Phi e * \prod_(k < G) factor e k (o k))).
+  apply: eq_group_E => o; rewrite (bigD1 [ffun k => right (o k)]) //= [X in _ + X]big1 ?addr0.
+    congr (_ * _); rewrite (bigD1 i) //= /factor ffunE !eqxx mul1r big1 ?mulr1 // => k /negbTE ->.
+    by rewrite ffunE eqxx mulr1.
+  move=> e ne_e; have [k ne_k] : exists k, right (o k) != e k.
+    apply/existsP; apply: contraR ne_e => /existsPn same; apply/eqP/ffunP => k; rewrite ffunE.
+    by have := same k; rewrite negbK => /eqP.
+  by rewrite (bigD1 k) //= /factor (negbTE ne_k) !mul0r mulr0.
+rewrite group_E_sum big1 // => e _; rewrite group_E_scale group_E_prod (bigD1 i) //=.
+by rewrite /factor eqxx X'_given mul0r mulr0.
+Qed.
+
+(* E of the normalized estimate is c E [R X] with c = E [(1/std) m (1 - m)] / (p (1 - p)), m the group's mean. X can be
+   replaced by its mean given the reward, D (R - p) / (p (1 - p)); and the mean over i of (R_i - m) (R_i - p) is
+   m (1 - m). *)
+Theorem claim_6_std_binary : (0 < G)%N ->
+  group_E b std_estimate =
+  group_E b (fun o => inverse_std (successes o) * (mean o * (1 - mean o))) / (p * (1 - p)) * D.
+Proof.
+move=> G_gt0; have [p0 p1] := p_neq01; have G_neq0 : G%:R != 0 :> R by rewrite pnatr_eq0 -lt0n.
+pose Phi i (e : {ffun 'I_G -> bool}) : R :=
+  inverse_std (\sum_(j < G) e j) * ((e i)%:R - G%:R^-1 * \sum_(j < G) (e j)%:R).
+have PhiE i (o : group A H G) :
+    Phi i [ffun k => right (o k)] = inverse_std (successes o) * (reward (o i) - mean o).
+  rewrite /Phi /mean /group_mean /successes ffunE; congr (inverse_std _ * (_ - _ * _)).
+    by apply: eq_bigr => j _; rewrite ffunE.
+  by apply: eq_bigr => j _; rewrite ffunE.
+have spread (o : group A H G) :
+    \sum_(i < G) (reward (o i) - mean o) * (reward (o i) - p) = G%:R * (mean o * (1 - mean o)).
+  have ring_id (n m q : R) : (1 - m - q) * (n * m) + n * (m * q) = n * (m * (1 - m)) by ring.
+  have total : \sum_(i < G) reward (o i) = G%:R * mean o by rewrite /mean /group_mean mulVKf.
+  transitivity (\sum_(i < G) ((1 - mean o - p) * reward (o i) + mean o * p)).
+    by apply: eq_bigr => i _; rewrite /reward; case: (right _) => /=; ring.
+  rewrite big_split /= -mulr_sumr total sumr_const card_ord -(mulr_natl (mean o * p)).
+  exact: ring_id.
+transitivity (group_E b (fun o => G%:R^-1 * (\sum_(i < G) Phi i [ffun k => right (o k)] * X' (o i)) -
+    (- (D / (p * (1 - p)))) * (inverse_std (successes o) * (mean o * (1 - mean o))))); last first.
+  rewrite group_E_sub !group_E_scale group_E_sum big1 => [|i _]; last exact: X'_group.
+  by rewrite mulr0 sub0r mulNr opprK [LHS]mulrC mulrA mulrAC.
+apply: eq_group_E => o; rewrite mulNr opprK.
+rewrite -[mean o * (1 - _)](mulKf G_neq0) -spread /std_estimate.
+rewrite [inverse_std _ * (_ * _)]mulrCA [D / _ * (_ * _)]mulrCA -mulrDr; congr (_ * _).
+rewrite mulrA mulr_sumr -big_split /=; apply: eq_bigr => i _.
+by rewrite PhiE /X' /=; ring.
+Qed.
+
+(* The factor is not negative: each prompt keeps its direction. *)
+Theorem claim_6_std_binary_direction : (0 < G)%N -> (forall k, 0 <= inverse_std k) ->
+  0 <= group_E b (fun o => inverse_std (successes o) * (mean o * (1 - mean o))) / (p * (1 - p)).
+Proof.
+move=> G_gt0 inv_ge0; apply: divr_ge0; last by rewrite mulr_ge0 ?subr_ge0 ?(ltW p_gt0) ?(ltW p_lt1).
+apply: sumr_ge0 => o _; rewrite mulr_ge0 ?prodr_ge0 // => [i _|]; first exact: string_prob_ge0.
+have G_pos : 0 < G%:R :> R by rewrite ltr0n.
+have sum_le : \sum_(j < G) reward (o j) <= G%:R.
+  rewrite -[X in _ <= X%:R]card_ord -sumr_const; apply: ler_sum => j _.
+  by rewrite /reward; case: (right _); rewrite ?lexx ?ler01.
+rewrite mulr_ge0 // /mean /group_mean; apply: mulr_ge0; last rewrite subr_ge0.
+  by rewrite mulr_ge0 ?invr_ge0 ?(ltW G_pos) // sumr_ge0 // => j _; rewrite /reward ler0n.
+by rewrite mulrC ler_pdivr_mulr // mul1r.
+Qed.
+
+End Standardized.

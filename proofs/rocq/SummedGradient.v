@@ -17,7 +17,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- the two estimators ---------------------------------------------------------------------------------------------- *)
+(* --- the two estimators ------------------------------------------------------------------------------------------- *)
 
 Section Estimators.
 
@@ -72,7 +72,7 @@ Qed.
 
 End Estimators.
 
-(* --- the identity ---------------------------------------------------------------------------------------------------- *)
+(* --- the identity ------------------------------------------------------------------------------------------------- *)
 
 Section Identity.
 
@@ -137,10 +137,10 @@ transitivity (E b H [::] (fun w => 2%:R * (rho b pi w * U w - rho b pi (take t w
 by rewrite E_scale E_sub zero subrr mulr0.
 Qed.
 
-(* --- orthogonal terms ------------------------------------------------------------------------------------------------ *)
+(* --- orthogonal terms --------------------------------------------------------------------------------------------- *)
 
-(* If f_s . f_t = 0 for s != t on every string that b can write, only the pairs s = t are left, and the total variance of
-   the prefix-weighted gradient is the smaller one. *)
+(* If f_s . f_t = 0 for s != t on every string that b can write, only the pairs s = t are left, and the total variance
+   of the prefix-weighted gradient is the smaller one. *)
 Theorem claim_5_orthogonal :
   (forall s t w, size w = H -> reachable b w -> (s < H)%N -> (t < H)%N -> s != t -> dot s t w = 0) ->
   trace_var b H [::] Y <= trace_var b H [::] Z.
@@ -153,14 +153,15 @@ have [eq_st | ne_st] := eqVneq s t; last first.
 rewrite {}eq_st.
 have /(claim_5_identity_same_token (ltn_ord t)) : forall w, 0 <= dot t t w.
   by move=> w; apply: sumr_ge0 => i _; rewrite -expr2 sqr_ge0.
-rewrite (@eq_E _ _ _ _ _ _ (fun w => (rho b pi w ^+ 2 - rho b pi (take t.+1 w) * rho b pi (take t.+1 w)) * dot t t w)) //.
+rewrite (@eq_E _ _ _ _ _ _
+  (fun w => (rho b pi w ^+ 2 - rho b pi (take t.+1 w) * rho b pi (take t.+1 w)) * dot t t w)) //.
 move=> w _; rewrite -expr2; congr (_ * _).
 by apply: eq_bigr => i _; rewrite !step_take.
 Qed.
 
 End Identity.
 
-(* --- tabular softmax policies ---------------------------------------------------------------------------------------- *)
+(* --- tabular softmax policies ------------------------------------------------------------------------------------- *)
 
 Section Tabular.
 
@@ -208,7 +209,7 @@ Qed.
 
 End Tabular.
 
-(* --- zero variance --------------------------------------------------------------------------------------------------- *)
+(* --- zero variance ------------------------------------------------------------------------------------------------ *)
 
 Section ZeroVariance.
 
@@ -318,7 +319,7 @@ End Sampler.
 End ZeroVariance.
 
 
-(* --- the slope where the target leaves the behavior policy --------------------------------------------------------------- *)
+(* --- the slope where the target leaves the behavior policy -------------------------------------------------------- *)
 
 Lemma coef0M (R : ringType) (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
 Proof. by rewrite coefM big_ord_recl big_ord0 addr0. Qed.
@@ -369,7 +370,8 @@ Lemma b_poly_const n s (c : {poly R}) : E b_poly n s (fun=> c) = c.
 Proof. by apply/polyP => k; rewrite E_coef E_const. Qed.
 
 Lemma rho_moved_martingale t (X : seq A -> {poly R}) : (t <= H)%N ->
-  E b_poly H [::] (fun w => rho_moved w * X (take t w)) = E b_poly H [::] (fun w => rho_moved (take t w) * X (take t w)).
+  E b_poly H [::] (fun w => rho_moved w * X (take t w)) =
+  E b_poly H [::] (fun w => rho_moved (take t w) * X (take t w)).
 Proof.
 move=> le_tH; rewrite !(E_split _ _ le_tH); apply: eq_E => s /= sz_s.
 transitivity (E b_poly (H - t) s (fun w => X s * rho_moved w)).
@@ -413,9 +415,9 @@ by congr (_ * _); apply: eq_bigr => i _; rewrite !step_take.
 Qed.
 
 (* The derivative of Var Z - Var Y at eps = 0, the variances summed over coordinates, is
-   2 sum_{s < t} sum_{s < k <= t} E_b [x_k f_s . f_t]. The terms f may depend on eps: in the identity they are multiplied
-   by rho_H^2 - rho_s rho_t, which is 0 at eps = 0 and there has the slope 2 (x_1 + .. + x_H) - (x_1 + .. + x_s) -
-   (x_1 + .. + x_t); and a score later than both terms has mean 0. *)
+   2 sum_{s < t} sum_{s < k <= t} E_b [x_k f_s . f_t]. The terms f may depend on eps: in the identity they are
+   multiplied by rho_H^2 - rho_s rho_t, which is 0 at eps = 0 and there has the slope 2 (x_1 + .. + x_H) -
+   (x_1 + .. + x_s) - (x_1 + .. + x_t); and a score later than both terms has mean 0. *)
 Theorem claim_5_slope :
   (\sum_(i : I) (Var b_poly H [::] (sequence_weighted rho_moved (f i)) -
                  Var b_poly H [::] (prefix_weighted rho_moved (f i))))`_1 =
