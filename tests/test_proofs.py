@@ -118,7 +118,10 @@ def test_links_of_the_pages_lead_somewhere():
     for path in FOLDER.glob("*.md"):
         for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if target and not target.startswith("http"):
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
+                found = (path.parent / target).resolve()
+                assert found.exists(), f"{path.name}: {target}"
+                # A clone has no results until somebody runs the commands that write them.
+                assert (ROOT / "results") not in (found, *found.parents), f"{path.name}: {target} is made, not committed"
 
 
 # --- the counterexamples --------------------------------------------------------------------------------------------
