@@ -217,6 +217,9 @@ def compile_files(folder: Path = ROCQ, *, jobs: int | None = None) -> None:
 def assumptions(stated: Sequence[Theorem], folder: Path = ROCQ) -> dict[str, str]:
     """What Rocq says each compiled theorem rests on: `CLOSED`, or its axioms.
 
+    The tuple of all theorems rests on what any of them rests on, so one question is enough where the answer is that it
+    is closed; only where it is not is each theorem asked by itself, which takes some four times as long.
+
     Args:
         stated: Theorems of compiled files.
         folder: Where they are.
@@ -227,15 +230,22 @@ def assumptions(stated: Sequence[Theorem], folder: Path = ROCQ) -> dict[str, str
     Raises:
         ProofError: A theorem is not in the compiled files.
     """
+    names = {theorem.name: f"{Path(theorem.file).stem}.{theorem.name}" for theorem in stated}
+    every = ", ".join(f"@{name}" for name in names.values())
+    answers = _ask([f"Definition every_theorem := ({every})."], ["every_theorem"], stated, folder)
+    if answers["every_theorem"] == CLOSED:
+        return dict.fromkeys(names, CLOSED)
+    answers = _ask([], names.values(), stated, folder)
+    return {name: answers[qualified] for name, qualified in names.items()}
+
+
+def _ask(setup: Sequence[str], names: Iterable[str], stated: Sequence[Theorem], folder: Path) -> dict[str, str]:
+    """What `Print Assumptions` says of each name, after a few lines of setup."""
     with tempfile.TemporaryDirectory() as work:
-        names = [f"{Path(theorem.file).stem}.{theorem.name}" for theorem in stated]
         modules = sorted({Path(theorem.file).stem for theorem in stated})
         script = Path(work) / "Assumptions.v"
-        lines = [f"From ctpo Require {' '.join(modules)}."]
+        lines = [f"From ctpo Require {' '.join(modules)}.", *setup]
         lines += [f'Redirect "{work}/{name}" Print Assumptions {name}.' for name in names]
         script.write_text("\n".join(lines) + "\n")
         _run(["coqc", "-q", "-Q", str(folder), "ctpo", "-w", "none", str(script)], Path(work))
-        return {
-            theorem.name: (Path(work) / f"{name}.out").read_text().strip()
-            for theorem, name in zip(stated, names, strict=True)
-        }
+        return {name: (Path(work) / f"{name}.out").read_text().strip() for name in names}
