@@ -121,7 +121,9 @@ def test_links_of_the_pages_lead_somewhere():
                 found = (path.parent / target).resolve()
                 assert found.exists(), f"{path.name}: {target}"
                 # A clone has no results until somebody runs the commands that write them.
-                assert (ROOT / "results") not in (found, *found.parents), f"{path.name}: {target} is made, not committed"
+                assert (ROOT / "results") not in (found, *found.parents), (
+                    f"{path.name}: {target} is made, not committed"
+                )
 
 
 # --- the counterexamples --------------------------------------------------------------------------------------------

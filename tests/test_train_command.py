@@ -757,7 +757,7 @@ def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
     found = summarize(
         history=history,
         steps=20,
-        updates_per_rollout=4.0,
+        rollout_batches=5,
         output_dir=tmp_path,
         evaluations={},
         comparison=None,
@@ -766,7 +766,7 @@ def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
     assert (found["tokens"], found["tokens_per_second"], found["rollout_batches"]) == (190, 10.0, 5)
     assert "held-out" not in summary_text(found)
     few = summarize(
-        history=history[:19], steps=19, updates_per_rollout=4.0, output_dir=tmp_path, evaluations={}, comparison=None
+        history=history[:19], steps=19, rollout_batches=5, output_dir=tmp_path, evaluations={}, comparison=None
     )
     assert few["reward_first"] is None
     assert "reward " not in summary_text(few)
@@ -788,9 +788,7 @@ def test_summary_averages_the_ends_and_counts_tokens(tmp_path):
 )
 def test_summary_says_what_the_noise_floor_is_of(tmp_path, floor, text):
     history = [{f"noise_floor/{name}": value for name, value in floor.items()}]
-    found = summarize(
-        history=history, steps=1, updates_per_rollout=1.0, output_dir=tmp_path, evaluations={}, comparison=None
-    )
+    found = summarize(history=history, steps=1, rollout_batches=1, output_dir=tmp_path, evaluations={}, comparison=None)
     lines = [line for line in summary_text(found).splitlines() if "noise floor" in line]
     assert lines == ([] if text is None else [f"  noise floor   {text}"])
 

@@ -451,9 +451,15 @@ def optimizer_steps(trainer: Any, problems: int | None) -> int | None:
     return math.ceil(_steps_of_epoch(trainer, problems) * trainer.num_train_epochs)
 
 
-def rollout_batches(trainer: Any, problems: int | None) -> int | None:
-    """Rollout batches that a run samples, the last of them perhaps used in part; None where the data is not known."""
-    steps = optimizer_steps(trainer, problems)
+def rollout_batches(trainer: Any, problems: int | None, steps: int | None = None) -> int | None:
+    """Rollout batches that a run samples, the last of them perhaps used in part; None where the data is not known.
+
+    Args:
+        trainer: Its settings.
+        problems: How many the data has.
+        steps: Optimizer steps; all that the settings ask for where it is not given.
+    """
+    steps = optimizer_steps(trainer, problems) if steps is None else steps
     if steps is None:
         return None
     epochs, uses = 0, _uses(trainer)

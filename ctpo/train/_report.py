@@ -28,7 +28,7 @@ def summarize(
     *,
     history: Sequence[Mapping[str, Any]],
     steps: int,
-    updates_per_rollout: float,
+    rollout_batches: int,
     processes: int = 1,
     output_dir: Path,
     evaluations: Mapping[str, Mapping[str, Any]],
@@ -39,7 +39,7 @@ def summarize(
     Args:
         history: What the trainer has logged.
         steps: Optimizer steps.
-        updates_per_rollout: Of them with each rollout batch.
+        rollout_batches: That were sampled for them.
         processes: How many have trained.
         output_dir: Where everything is.
         evaluations: "before" and "after", as `ctpo.train.evaluation.evaluate` returns them; either may be missing.
@@ -54,7 +54,7 @@ def summarize(
     found: dict[str, Any] = {
         "steps": steps,
         "processes": processes,
-        "rollout_batches": math.ceil(steps / updates_per_rollout),
+        "rollout_batches": rollout_batches,
         "train_seconds": seconds,
         "tokens": None if tokens is None else int(tokens),
         "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,

@@ -21,6 +21,7 @@ from ctpo.clipping import CalibratedClip, Clip, PositionClip, RatioClip
 from ctpo.estimators import Estimator
 from ctpo.losses import Aggregation
 from ctpo.regions import SequenceRegion
+from ctpo.train.sandbox import Limits
 from ctpo.zoo import RECIPES
 
 __all__ = ["CTPOConfig", "Route"]
@@ -381,6 +382,11 @@ class CTPOConfig(GRPOConfig):
     def updates_per_rollout(self) -> float:
         """Optimizer steps that are made with one rollout batch; on average, where that is no whole number."""
         return int(self.steps_per_generation) * self.num_iterations / self.gradient_accumulation_steps
+
+    @property
+    def python_limits(self) -> Limits:
+        """What code of the tool may take, by `python_timeout` and `python_output`."""
+        return Limits(timeout=self.python_timeout, output=self.python_output)
 
     @property
     def needs_old_logps(self) -> bool:

@@ -413,7 +413,7 @@ def _run(options: Options, width: int) -> str:
         _evaluate(plan, str(output / MODEL), "after")
         if files is None:
             return ""
-        summary = _summary(plan, history, steps)
+        summary = _summary(plan, history, steps, len(problems))
         text = card(plan, summary, record["versions"], _hardware(record["machine"]))
         files.write(f"{MODEL}/{CARD}", lambda file: file.write(text.encode()))
         files.write_json(SUMMARY, summary)
@@ -765,11 +765,10 @@ def _sandbox(plan: Plan, stack: contextlib.ExitStack) -> Any:
     trainer = plan.trainer
     if trainer.python_tool == "none":
         return None
-    from ctpo.train.sandbox import Limits, SandboxUnavailable, open_sandbox
+    from ctpo.train.sandbox import SandboxUnavailable, open_sandbox
 
-    limits = Limits(timeout=trainer.python_timeout, output=trainer.python_output)
     try:
-        return stack.enter_context(open_sandbox(trainer.python_sandbox, limits=limits))
+        return stack.enter_context(open_sandbox(trainer.python_sandbox, limits=trainer.python_limits))
     except SandboxUnavailable as error:
         raise ValueError(str(error)) from None
 
@@ -957,7 +956,8 @@ def _from_the_network(error: Exception) -> bool:
     return not families.isdisjoint(("httpx", "httpx2", "requests"))
 
 
-def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int, problems: int) -> dict[str, Any]:
+    from ctpo.train._plan import rollout_batches
     from ctpo.train._report import summarize
     from ctpo.train._run_directory import read_json
     from ctpo.train.evaluation import compare
@@ -967,7 +967,7 @@ def _summary(plan: Plan, history: Sequence[Mapping[str, Any]], steps: int) -> di
     return summarize(
         history=history,
         steps=steps,
-        updates_per_rollout=plan.trainer.updates_per_rollout,
+        rollout_batches=rollout_batches(plan.trainer, problems, steps) or 0,
         processes=plan.trainer.world_size,
         output_dir=Path(plan.trainer.output_dir),
         evaluations={when: read_json(folder / "results.json") for when, folder in finished.items()},

@@ -32,7 +32,7 @@ from ctpo.train._noise_floor import NoiseFloor, policy_mask
 from ctpo.train._trainer_rollouts import python_rollouts
 from ctpo.train._training_metrics import PositionMetrics
 from ctpo.train.config import CTPOConfig
-from ctpo.train.sandbox import Limits, Sandbox, open_sandbox
+from ctpo.train.sandbox import Sandbox, open_sandbox
 from ctpo.train.traces import TraceWriter
 
 __all__ = ["CTPOTrainer"]
@@ -117,9 +117,7 @@ class CTPOTrainer(ResumableTrainer):
             if given:
                 raise ValueError(f"{given[0]} must be None with python_tool={args.python_tool!r}, which has its own")
             if sandbox is None:
-                sandbox = open_sandbox(
-                    args.python_sandbox, limits=Limits(timeout=args.python_timeout, output=args.python_output)
-                )
+                sandbox = open_sandbox(args.python_sandbox, limits=args.python_limits)
             others["rollout_func"] = self._roll_out
         self.sandbox = sandbox
         with warnings.catch_warnings():
