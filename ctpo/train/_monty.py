@@ -43,15 +43,16 @@ _COMPOUND = (
     *("class", "def", "async", "@"),
 )
 _LINE_END = re.compile(r"\r\n|\r|\n")
-# Every alternative is possessive and a quote without its end is a token by itself: the time is linear in the code.
+# Nothing matches in two ways and a quote without its end is a token by itself, at which the search ends: the time is
+# linear in the code. Groups are not possessive: before 3.11.5 Python loses matches of those (gh-106052).
 _TOKEN = re.compile(
     r"""
     (?P<space> [ \t\f\ufeff]++ | \#[^\r\n]*+ | \\(?:\r\n|\r|\n) )
     | (?P<newline> \r\n | \r | \n )
-    | (?P<string> \"{3} [^"\\]*+ (?: (?: \\. | "(?!"") ) [^"\\]*+ )*+ \"{3}
-                | '{3} [^'\\]*+ (?: (?: \\. | '(?!'') ) [^'\\]*+ )*+ '{3}
-                | "(?!"") [^"\\\r\n]*+ (?: \\(?:\r\n|.) [^"\\\r\n]*+ )*+ "
-                | '(?!'') [^'\\\r\n]*+ (?: \\(?:\r\n|.) [^'\\\r\n]*+ )*+ ' )
+    | (?P<string> \"{3} [^"\\]*+ (?: (?: \\. | "(?!"") ) [^"\\]*+ )* \"{3}
+                | '{3} [^'\\]*+ (?: (?: \\. | '(?!'') ) [^'\\]*+ )* '{3}
+                | "(?!"") [^"\\\r\n]*+ (?: \\(?:\r\n|.) [^"\\\r\n]*+ )* "
+                | '(?!'') [^'\\\r\n]*+ (?: \\(?:\r\n|.) [^'\\\r\n]*+ )* ' )
     | (?P<opening> [(\[{] ) | (?P<closing> [)\]}] )
     | \w++ | .
     """,
