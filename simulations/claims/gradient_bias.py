@@ -507,7 +507,7 @@ CLAIMS = (
         "3.gspo",
         "The length-normalized ratio estimates Z E_q with q 1/H of the way from b to pi and Z < 1.",
         "true if",
-        "sequences of one length H; pi != b",
+        "sequences of one length H >= 2; pi != b",
         'arXiv:2605.07331, Table 1 ("biased, scale shrunk"), made exact',
         check_gspo,
         lambda horizon: horizon,
