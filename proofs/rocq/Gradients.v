@@ -5,8 +5,8 @@
    token whose mean under the policy is 0. All here is about one parameter at a time (a coordinate of the gradient); the
    score of a softmax in its logits is a rational function of the probabilities, so nothing needs an exponential. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From ctpo Require Import Trees.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -29,7 +29,40 @@ Definition advantage s a : R := action_value s a - value s.
 (* J(p), the expected reward of a string. *)
 Definition objective : R := E p H [::] reward.
 
+(* Q at a token is V after it, and the advantage is what V has gained. *)
+Lemma step_action_value t w : (t < size w)%N -> step action_value t w = value (take t.+1 w).
+Proof. by move=> /(@take_step R) [a [-> ->]]. Qed.
+
+Lemma step_advantage t w : (t < size w)%N -> step advantage t w = step action_value t w - value (take t w).
+Proof. by move=> /(@take_step R) [a [_ step_a]]; rewrite !step_a. Qed.
+
+(* So the advantages along a string add up to its reward less the mean. *)
+Lemma path_sum_advantage w : size w = H -> path_sum advantage w = reward w - objective.
+Proof.
+have telescope v : path_sum advantage v = value v - value [::].
+  elim/last_ind: v => [|v a IHv]; first by rewrite path_sum_nil subrr.
+  by rewrite path_sum_rcons IHv /advantage /action_value; ring.
+by move=> sz_w; rewrite telescope /value sz_w subnn subn0.
+Qed.
+
+(* If q writes up to token t + 1 and p the rest, the reward is worth Q^p at that token. *)
+Lemma E_action_value (q : policy R A) t X : (t < H)%N -> (forall w, size w = H -> X (take t.+1 w) = X w) ->
+  E q t.+1 [::] (fun s => E p (H - t.+1) s (fun w => X w * reward w)) =
+  E q H [::] (fun w => X w * step action_value t w).
+Proof.
+move=> lt_tH known; rewrite E_rest //; apply: eq_E => w /= sz_w.
+by rewrite step_action_value ?sz_w // /value size_takel ?sz_w.
+Qed.
+
 End Values.
+
+(* The performance difference lemma:  J(q) - J(p) = E_q[ sum_t A^p(s_t, a_t) ]. *)
+Lemma performance_difference (R : realFieldType) (A : finType) (p q : policy R A) H (reward : seq A -> R) :
+  objective H reward q - objective H reward p = E q H [::] (path_sum (advantage H reward p)).
+Proof.
+rewrite -[objective H reward p](E_const q H [::]) -E_sub; apply: eq_E => w sz_w.
+by rewrite path_sum_advantage.
+Qed.
 
 Section Scores.
 
@@ -51,7 +84,50 @@ Definition moved g s a : {poly R} := (p s a)%:P + (p s a * g s a) *: 'X.
 (* The derivative of the objective at eps = 0: the first-order coefficient of a polynomial. *)
 Definition gradient g (H : nat) (reward : seq A -> R) : R := (E (moved g) H [::] (fun w => (reward w)%:P))`_1.
 
+Lemma coef_moved g s a : (moved g s a)`_0 = p s a /\ (moved g s a)`_1 = p s a * g s a.
+Proof. by rewrite !coefD !coefC !coefZ !coefX /= mulr0 mulr1 addr0 add0r. Qed.
+
+(* The scores of a string have mean 0. *)
+Lemma E_score g H : is_score g -> E p H [::] (path_sum g) = 0.
+Proof.
+move=> score; transitivity (E p H [::] (fun w => \sum_(t < H) step g t w)); first by apply: eq_E => w /path_sumE->.
+rewrite E_sum big1 // => t _; by rewrite E_step // -[RHS](E0 p t [::]); apply: eq_E => s _; apply: score.
+Qed.
+
 End Scores.
+
+(* --- first-order coefficients ---------------------------------------------------------------------------------------- *)
+
+Section Coefficients.
+
+Variables (R : comRingType) (A : finType).
+Implicit Types (P Q : {poly R}) (f : seq A -> A -> {poly R}) (w : seq A).
+
+Lemma coef0M P Q : (P * Q)`_0 = P`_0 * Q`_0.
+Proof. by rewrite coefM big_ord_recl big_ord0 addr0. Qed.
+
+Lemma coef1M P Q : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
+Proof. by rewrite coefM !big_ord_recl big_ord0 addr0. Qed.
+
+Lemma coef_step f i t w : (step f t w)`_i = step (fun s a => (f s a)`_i) t w.
+Proof. by rewrite /step; case: (drop t w) => [|//]; rewrite coef0. Qed.
+
+(* The derivative of a product is its log-derivative times the product. *)
+Lemma coef_path_prod f (r g : seq A -> A -> R) w :
+  (forall s a, (f s a)`_0 = r s a /\ (f s a)`_1 = r s a * g s a) ->
+  (path_prod f w)`_0 = path_prod r w /\ (path_prod f w)`_1 = path_prod r w * path_sum g w.
+Proof.
+move=> f_coef; elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite !path_prod_nil path_sum_nil !coef1 mulr0.
+rewrite !path_prod_rcons path_sum_rcons coef0M coef1M IH0 IH1 (f_coef w a).1 (f_coef w a).2.
+by split; ring.
+Qed.
+
+(* Expectations under a policy that does not move. *)
+Lemma coef_E (p : seq A -> A -> R) n s (X : seq A -> {poly R}) i :
+  (E (fun s a => (p s a)%:P) n s X)`_i = E p n s (fun w => (X w)`_i).
+Proof. by elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _; rewrite coefCM IHn. Qed.
+
+End Coefficients.
 
 (* The trace of a covariance matrix: the variances of the coordinates, added. *)
 Definition trace_var (R : realFieldType) (A : finType) (I : finType) (p : policy R A) n s (X : I -> seq A -> R) : R :=

@@ -30,7 +30,7 @@ Record policy (R : realFieldType) (A : finType) := Policy {
 Section Steps.
 
 Variables (R : comRingType) (A : finType).
-Implicit Types (f : seq A -> A -> R) (s w : seq A).
+Implicit Types (f g : seq A -> A -> R) (s w : seq A).
 
 (* f at token t + 1 of w, with the t tokens before it as history: f (a_1 .. a_t) a_{t+1}; 0 where w has ended. *)
 Definition step f (t : nat) w : R := if drop t w is a :: _ then f (take t w) a else 0.
@@ -51,6 +51,21 @@ Proof. by rewrite /step -cats1 drop_size_cat // take_size_cat. Qed.
 
 Lemma step_cat f t w u : (t < size w)%N -> step f t (w ++ u) = step f t w.
 Proof. by move=> lt_tw; rewrite -(step_take _ _ lt_tw) take_size_cat. Qed.
+
+(* Token t + 1 of a string, and what a step is there. *)
+Lemma take_step t w : (t < size w)%N ->
+  exists a, take t.+1 w = rcons (take t w) a /\ forall f, step f t w = f (take t w) a.
+Proof.
+case: w => // x0 w lt_tw; exists (nth x0 (x0 :: w) t).
+by split=> [|f]; [rewrite -take_nth | rewrite /step (drop_nth x0 lt_tw)].
+Qed.
+
+(* Steps are multiplied token by token. *)
+Lemma step_mul f g t w : step f t w * step g t w = step (fun s a => f s a * g s a) t w.
+Proof. by rewrite /step; case: (drop t w) => [|a _]; rewrite ?mulr0. Qed.
+
+Lemma path_sumE f n w : size w = n -> path_sum f w = \sum_(t < n) step f t w.
+Proof. by move=> <-. Qed.
 
 Lemma path_sum_nil f : path_sum f [::] = 0.
 Proof. by rewrite /path_sum big_ord0. Qed.
@@ -76,6 +91,9 @@ move=> le_nw; rewrite /path_sum size_takel //.
 by apply: eq_bigr => t _; apply: step_take.
 Qed.
 
+Lemma path_sum_takeS f t w : (t < size w)%N -> path_sum f (take t.+1 w) = path_sum f (take t w) + step f t w.
+Proof. by move=> lt_tw; rewrite !path_sum_take ?(ltnW lt_tw) // big_ord_recr. Qed.
+
 Lemma path_prod_take f n w : (n <= size w)%N -> path_prod f (take n w) = \prod_(t < n) step f t w.
 Proof.
 move=> le_nw; rewrite /path_prod size_takel //.
@@ -96,8 +114,10 @@ Implicit Types (p : seq A -> A -> R) (s w : seq A) (X Y : seq A -> R) (c : R).
    expectation E_p [X | F_t]. *)
 Fixpoint E p n s X : R := if n is n'.+1 then \sum_(a : A) p s a * E p n' (rcons s a) X else X s.
 
-(* The variance, and the mean under p of a function of the next token. *)
+(* The variance, the covariance, the probability of an event, and the mean under p of a function of the next token. *)
 Definition Var p n s X := E p n s (fun w => X w ^+ 2) - E p n s X ^+ 2.
+Definition Cov p n s X Y := E p n s (fun w => X w * Y w) - E p n s X * E p n s Y.
+Definition Pr p n (D : pred (seq A)) : R := E p n [::] (fun w => (D w)%:R).
 Definition next p s (f : A -> R) := \sum_(a : A) p s a * f a.
 
 (* Only the strings of n tokens after s count. *)
@@ -107,6 +127,9 @@ elim: n s => [|n IHn] s /= eqXY; first by rewrite -[s]cats0 eqXY.
 apply: eq_bigr => a _; congr (_ * _); apply: IHn => u sz_u.
 by rewrite cat_rcons eqXY //= sz_u.
 Qed.
+
+Lemma eq_Var p n s X Y : (forall u, size u = n -> X (s ++ u) = Y (s ++ u)) -> Var p n s X = Var p n s Y.
+Proof. by move=> eqXY; congr (_ - _ ^+ 2); apply: eq_E => u /eqXY // ->. Qed.
 
 Lemma E_add p n s X Y : E p n s (fun w => X w + Y w) = E p n s X + E p n s Y.
 Proof.
@@ -332,3 +355,5 @@ Lemma next_ratio s (f : A -> R) : reachable b s -> next b s (fun a => ratio s a 
 Proof. by move=> reach; apply: eq_bigr => a _; rewrite mulrA b_ratio. Qed.
 
 End Ratio.
+
+#[global] Hint Resolve reachable_nil : core.
