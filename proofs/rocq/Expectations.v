@@ -70,7 +70,10 @@ move=> le_tH; rewrite (E_split _ _ le_tH); apply: eq_E => s /= sz_s.
 by rewrite -(E_known p (H - t) s X Y) sz_s.
 Qed.
 
-(* The last of n + 1 tokens. *)
+(* The first and the last of n + 1 tokens. *)
+Lemma E_first n s X : E p n.+1 s X = next p s (fun a => E p n (rcons s a) X).
+Proof. by []. Qed.
+
 Lemma E_last n s X : E p n.+1 s X = E p n s (fun u => next p u (fun a => X (rcons u a))).
 Proof. by rewrite -addn1 E_tower. Qed.
 
@@ -106,6 +109,9 @@ Qed.
 
 Lemma E_step f : E p H [::] (step f t) = E p t [::] (fun s => next p s (f s)).
 Proof. exact: (E_token f (fun _ x => x)). Qed.
+
+Lemma E_step0 f : (forall s, next p s (f s) = 0) -> E p H [::] (step f t) = 0.
+Proof. by move=> f0; rewrite E_step -[RHS](E0 p t [::]); apply: eq_E => s _; apply: f0. Qed.
 
 (* After a known past a token is worth its mean, *)
 Lemma E_known_step f Y : E p H [::] (fun w => Y (take t w) * step f t w) = E p t [::] (fun s => Y s * next p s (f s)).

@@ -91,7 +91,7 @@ Proof. by rewrite !coefD !coefC !coefZ !coefX /= mulr0 mulr1 addr0 add0r. Qed.
 Lemma E_score g H : is_score g -> E p H [::] (path_sum g) = 0.
 Proof.
 move=> score; transitivity (E p H [::] (fun w => \sum_(t < H) step g t w)); first by apply: eq_E => w /path_sumE->.
-rewrite E_sum big1 // => t _; by rewrite E_step // -[RHS](E0 p t [::]); apply: eq_E => s _; apply: score.
+by rewrite E_sum big1 // => t _; apply: E_step0.
 Qed.
 
 End Scores.
