@@ -100,7 +100,7 @@ End Scores.
 
 Section Coefficients.
 
-Variables (R : comRingType) (A : finType).
+Variables (R : realFieldType) (A : finType).
 Implicit Types (P Q : {poly R}) (f : seq A -> A -> {poly R}) (w : seq A).
 
 Lemma coef0M P Q : (P * Q)`_0 = P`_0 * Q`_0.
@@ -112,14 +112,13 @@ Proof. by rewrite coefM !big_ord_recl big_ord0 addr0. Qed.
 Lemma coef_step f i t w : (step f t w)`_i = step (fun s a => (f s a)`_i) t w.
 Proof. by rewrite /step; case: (drop t w) => [|//]; rewrite coef0. Qed.
 
-(* The derivative of a product is its log-derivative times the product. *)
-Lemma coef_path_prod f (r g : seq A -> A -> R) w :
-  (forall s a, (f s a)`_0 = r s a /\ (f s a)`_1 = r s a * g s a) ->
-  (path_prod f w)`_0 = path_prod r w /\ (path_prod f w)`_1 = path_prod r w * path_sum g w.
+(* The derivative of a product of factors that start at 1 is the sum of their derivatives. *)
+Lemma coef_path_prod f (g : seq A -> A -> R) w : (forall s a, (f s a)`_0 = 1 /\ (f s a)`_1 = g s a) ->
+  (path_prod f w)`_0 = 1 /\ (path_prod f w)`_1 = path_sum g w.
 Proof.
-move=> f_coef; elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite !path_prod_nil path_sum_nil !coef1 mulr0.
-rewrite !path_prod_rcons path_sum_rcons coef0M coef1M IH0 IH1 (f_coef w a).1 (f_coef w a).2.
-by split; ring.
+move=> f_coef; elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite path_prod_nil path_sum_nil !coef1.
+rewrite path_prod_rcons path_sum_rcons coef0M coef1M IH0 IH1 (f_coef w a).1 (f_coef w a).2.
+by rewrite !mul1r mulr1 addrC.
 Qed.
 
 (* Expectations under a policy that does not move. *)
