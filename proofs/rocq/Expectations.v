@@ -77,6 +77,9 @@ Proof. by []. Qed.
 Lemma E_last n s X : E p n.+1 s X = E p n s (fun u => next p u (fun a => X (rcons u a))).
 Proof. by rewrite -addn1 E_tower. Qed.
 
+Lemma E_path_sum n f : E p n [::] (path_sum f) = \sum_(t < n) E p n [::] (step f t).
+Proof. by rewrite -E_sum; apply: eq_E => w /path_sumE->. Qed.
+
 (* A function of token t + 1 times anything: condition on that token. *)
 Lemma E_step_times H t f Y : (t < H)%N ->
   E p H [::] (fun w => step f t w * Y w) =

@@ -89,10 +89,7 @@ Proof. by rewrite !coefD !coefC !coefZ !coefX /= mulr0 mulr1 addr0 add0r. Qed.
 
 (* The scores of a string have mean 0. *)
 Lemma E_score g H : is_score g -> E p H [::] (path_sum g) = 0.
-Proof.
-move=> score; transitivity (E p H [::] (fun w => \sum_(t < H) step g t w)); first by apply: eq_E => w /path_sumE->.
-by rewrite E_sum big1 // => t _; apply: E_step0.
-Qed.
+Proof. by move=> score; rewrite E_path_sum big1 // => t _; apply: E_step0. Qed.
 
 End Scores.
 

@@ -514,26 +514,16 @@ Theorem claim_11_levels_prefix H (g : seq A -> A -> R) :
   E mu H [::] (fun w => \sum_(t < H) rho mu b (take t.+1 w) * (rho b pi (take t.+1 w) * step g t w)) =
   E pi H [::] (path_sum g).
 Proof.
-rewrite E_sum; transitivity (\sum_(t < H) E pi H [::] (step g t)); last first.
-  by rewrite -E_sum; apply: eq_E => w sz_w; rewrite /path_sum /= sz_w.
-apply: eq_bigr => t _; have known p : E p H [::] (step g t) = E p H [::] (fun w => step g t (take t.+1 w)).
-  by apply: eq_E => w _; rewrite step_take.
-rewrite known -claim_11_prefix //; apply: eq_E => w _.
-by rewrite step_take.
+rewrite E_sum E_path_sum; apply: eq_bigr => t _.
+rewrite (E_rho_known AC_mu (ltn_ord t)) => [|w _]; last by rewrite take_take ?step_take.
+by rewrite (E_rho_known AC_b (ltn_ord t)) // => w _; rewrite step_take.
 Qed.
 
 Theorem claim_11_levels_sequence H (g : seq A -> A -> R) :
   E mu H [::] (fun w => rho mu b w * \sum_(t < H) rho b pi (take t.+1 w) * step g t w) = E pi H [::] (path_sum g).
 Proof.
-rewrite -claim_11_levels_prefix E_sum.
-transitivity (E mu H [::] (fun w => \sum_(t < H) rho mu b w * (rho b pi (take t.+1 w) * step g t w))).
-  by apply: eq_E => w _; rewrite big_distrr.
-rewrite E_sum; apply: eq_bigr => t _.
-have known w : step g t w = step g t (take t.+1 w) by rewrite step_take.
-have lt_tH := ltn_ord t.
-transitivity (E pi H [::] (fun w => step g t (take t.+1 w))).
-  by rewrite -claim_11_prefix_sequence //; apply: eq_E => w _; rewrite -known.
-by rewrite -claim_11_prefix //; apply: eq_E => w _; rewrite -known.
+rewrite (E_rho_times AC_mu) E_sum E_path_sum; apply: eq_bigr => t _.
+by rewrite (E_rho_known AC_b (ltn_ord t)) // => w _; rewrite step_take.
 Qed.
 
 (* The old policy cancels: corrected by its prefix, rho_t is the ratio of target and sampler. *)
