@@ -1,7 +1,7 @@
 (* What the chapters use of expectations: which strings count, one token at a time, and the ratio as a weight.
 
-   A weight rho_n makes pi write the first n tokens and leaves the others to b (rho_switches). So it corrects whatever is
-   known once these are written (E_rho_known, Prop. 1), and the longer the ratio, the larger its second moment. *)
+   The weight rho_n makes pi write the first n tokens and leaves the others to b (rho_switches). So it corrects whatever
+   is known once these are written (E_rho_known, Prop. 1); a longer ratio does so too, with a larger second moment. *)
 
 From mathcomp Require Import all_ssreflect all_algebra ring.
 From ctpo Require Import Trees.
@@ -13,7 +13,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- the strings that a policy can write ---------------------------------------------------------------------------- *)
+(* --- the strings that a policy can write -------------------------------------------------------------------------- *)
 
 Section Reachable.
 
@@ -55,7 +55,7 @@ Qed.
 
 End Reachable.
 
-(* --- one token at a time -------------------------------------------------------------------------------------------- *)
+(* --- one token at a time ------------------------------------------------------------------------------------------ *)
 
 Section Conditioning.
 
@@ -147,7 +147,7 @@ transitivity (X s * E q (H - n) s Y); first by rewrite -E_scale; apply: eq_E => 
 by rewrite -[LHS](E_const p (H - n) s); apply: eq_E => u /X_s->; rewrite -sz_s take_size_cat.
 Qed.
 
-(* --- the ratio as a weight ------------------------------------------------------------------------------------------ *)
+(* --- the ratio as a weight ---------------------------------------------------------------------------------------- *)
 
 Section Ratio.
 
@@ -164,7 +164,8 @@ by field.
 Qed.
 
 Lemma E_rho_sqr_last t :
-  E b t.+1 [::] (fun s => rho s ^+ 2) = E b t [::] (fun s => rho s ^+ 2) + E b t [::] (fun s => rho s ^+ 2 * chi2 b pi s).
+  E b t.+1 [::] (fun s => rho s ^+ 2) =
+  E b t [::] (fun s => rho s ^+ 2) + E b t [::] (fun s => rho s ^+ 2 * chi2 b pi s).
 Proof.
 rewrite E_last -E_add; apply: eq_E => s _ /=; transitivity (rho s ^+ 2 * (1 + chi2 b pi s)); last by ring.
 rewrite -next_ratio_sqr [RHS]big_distrr.

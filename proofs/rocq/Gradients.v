@@ -29,6 +29,12 @@ Definition advantage s a : R := action_value s a - value s.
 (* J(p), the expected reward of a string. *)
 Definition objective : R := E p H [::] reward.
 
+(* V is the mean of Q. *)
+Lemma value_next s : (size s < H)%N -> value s = next p s (action_value s).
+Proof.
+by move=> lt_sH; rewrite {1}/value -(subnSK lt_sH); apply: eq_bigr => a _; rewrite /action_value /value size_rcons.
+Qed.
+
 (* Q at a token is V after it, and the advantage is what V has gained. *)
 Lemma step_action_value t w : (t < size w)%N -> step action_value t w = value (take t.+1 w).
 Proof. by move=> /(@take_step R) [a [-> ->]]. Qed.
@@ -72,8 +78,8 @@ Implicit Types g : seq A -> A -> R.
 (* The derivative of a log-probability has mean 0 at every history, as probabilities sum to 1. *)
 Definition is_score g := forall s, next p s (g s) = 0.
 
-(* The softmax. key s names the logits that history s uses: the history itself (a tree with parameters of its own at each
-   prefix), its length (parameters of each position) or a constant (one shared block). This is the derivative of
+(* The softmax. key s names the logits that history s uses: the history itself (a tree with parameters of its own at
+   each prefix), its length (parameters of each position) or a constant (one shared block). This is the derivative of
    log p(a|s) in the logit of token a' of block k; PolicyGradient.v derives it. *)
 Definition softmax_score (K : eqType) (key : seq A -> K) (k : K) (a' : A) s a : R :=
   (key s == k)%:R * ((a == a')%:R - p s a').
@@ -93,7 +99,7 @@ Proof. by move=> score; rewrite E_path_sum big1 // => t _; apply: E_step0. Qed.
 
 End Scores.
 
-(* --- first-order coefficients ---------------------------------------------------------------------------------------- *)
+(* --- first-order coefficients ------------------------------------------------------------------------------------- *)
 
 Section Coefficients.
 

@@ -126,7 +126,7 @@ rewrite big_distrr /=; apply: eq_bigr => a _; have [a0 | a_neq0] := eqVneq (b s 
   rewrite a0 mul0r (_ : E pi n (rcons s a) _ = 0) ?mulr0 // -[RHS](E0 pi n (rcons s a)).
   apply: eq_E => u _; rewrite (_ : reachable b _ = false) ?mul0r //; apply/negP => /reachable_cat.
   by rewrite reachable_rcons a0 ltxx andbF.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 by rewrite IHn ?reachable_rcons ?reach // rho_rcons /ratio; field; rewrite a_neq0.
 Qed.
 
@@ -545,14 +545,14 @@ rewrite negb_exists => /forallP below.
 have gap a : 0 <= b s a - pi s a /\ (0 < b s a -> 0 < b s a - pi s a).
   have -> : b s a - pi s a = b s a * (1 - ratio b pi s a) by rewrite mulrBr mulr1 b_ratio.
   have [-> | neq0] := eqVneq (b s a) 0; first by rewrite mul0r ltxx.
-  have gt0 : 0 < b s a by rewrite lt_def neq0 prob_ge0.
+  have gt0 : 0 < b s a by rewrite prob_gt0.
   have := below a; rewrite gt0 -ltNge /= => lt1.
   by split=> [|_]; rewrite ?pmulr_rge0 ?pmulr_rgt0 // ?subr_ge0 ?subr_gt0 // ltW.
 have sum0 : \sum_a (b s a - pi s a) = 0 by rewrite sumrB !prob_sum1 subrr.
 have none a : b s a = 0.
   have eq0 := @psumr_eq0P _ _ xpredT (fun a => b s a - pi s a) (fun a _ => proj1 (gap a)) sum0 a isT.
   have [// | neq0] := eqVneq (b s a) 0; have := proj2 (gap a).
-  by rewrite lt_def neq0 prob_ge0 eq0 ltxx => /(_ isT).
+  by rewrite prob_gt0 eq0 ltxx => /(_ neq0).
 by have /eqP := prob_sum1 b s; rewrite big1 // eq_sym oner_eq0.
 Qed.
 

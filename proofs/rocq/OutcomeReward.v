@@ -1,10 +1,10 @@
 (* Outcome rewards: what a weight that ends before the string does estimates, and what is unbiased.
 
    The reward is any function of the finished string. The cumulative ratio of the first n tokens makes pi write them and
-   leaves the others to b (Lemma rho_switches of Expectations.v). The rest is read off from this: the mean of the cumulative ratio with an
-   outcome, its bias and when there is none; the lookahead weight between the cumulative and the sequence ratio; three
-   estimators without bias (per-decision, doubly robust, performance difference); the bias to first order in the step;
-   and the batch size up to which the biased estimator has the smaller error. *)
+   leaves the others to b (lemma rho_switches of Expectations.v). The rest is read off from this: the mean of the
+   cumulative ratio with an outcome, its bias and when there is none; the lookahead weight between the cumulative and
+   the sequence ratio; three estimators without bias (per-decision, doubly robust, performance difference); the bias to
+   first order in the step; and the batch size up to which the biased estimator has the smaller error. *)
 
 From mathcomp Require Import all_ssreflect all_algebra ring.
 From ctpo Require Import Trees Expectations Gradients PolicyGradient StopGradient.
@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- one policy: steps and batches ------------------------------------------------------ *)
+(* --- one policy: steps and batches -------------------------------------------------------------------------------- *)
 
 Section OnePolicy.
 
@@ -323,8 +323,7 @@ Theorem claim_4_doubly_robust_exact reward t w : size w = H -> (t < H)%N ->
   doubly_robust_term (action_value H reward pi) reward t w = rho (take t.+1 w) * step (advantage H reward pi) t w.
 Proof.
 move=> sz_w lt_tH; set Q := action_value H reward pi.
-have V s : (size s < H)%N -> next pi s (Q s) = value H reward pi s.
-  by move=> lt_sH; rewrite /value -(subnSK lt_sH) /=; apply: eq_bigr => a _; rewrite /Q /action_value /value size_rcons.
+have V s : (size s < H)%N -> next pi s (Q s) = value H reward pi s by move=> ?; rewrite value_next.
 have stepQ k : (k < H)%N -> step Q k w = value H reward pi (take k.+1 w).
   by move=> lt_kH; rewrite step_action_value ?sz_w.
 have value_w : value H reward pi (take H w) = reward w by rewrite (take_string sz_w) /value sz_w subnn.

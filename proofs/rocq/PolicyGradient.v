@@ -296,15 +296,6 @@ Qed.
 
 End SummedVariance.
 
-(* Softmax scores at histories with different logits are orthogonal. *)
-Lemma softmax_score_orthogonal (R : realFieldType) (A : finType) (p : policy R A) (K : eqType) (key : seq A -> K)
-    k a' s s' x y :
-  key s != key s' -> softmax_score p key k a' s x * softmax_score p key k a' s' y = 0.
-Proof.
-rewrite /softmax_score => neq; case: (key s =P k) => [<- | _]; last by rewrite !mul0r.
-by rewrite [key s' == _]eq_sym (negbTE neq) mul0r mulr0.
-Qed.
-
 (* --- claims 3.token and 3.surrogate: the token ratio -------------------------------------------------------------- *)
 
 Section TokenRatio.
@@ -425,11 +416,10 @@ Lemma rho1_same (R : realFieldType) (A : finType) (b pi : policy R A) H s a : ab
   (size s < H)%N -> reachable b s -> pi s a = b s a.
 Proof.
 move=> AC rho1; have all1 u : (size u <= H)%N -> reachable b u -> rho b pi u = 1.
-  move=> le_uH reach_u; rewrite -[LHS]mulr1 -[X in _ * X](E_const pi (H - size u) u) -change_of_measure //.
-  rewrite -[RHS](E_const b (H - size u) u); apply: (@eq_E_reachable _ _ b) => // v sz_v reach_v.
-  by rewrite mulr1 rho1 // size_cat sz_v subnKC.
+  move=> le_uH reach_u; rewrite -(E_rho AC (H - size u) reach_u) -[RHS](E_const b (H - size u) u).
+  by apply: eq_E_reachable => // v sz_v reach_v; rewrite rho1 // size_cat sz_v subnKC.
 move=> lt_sH reach_s; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 (AC _ _ reach_s a0).
-have reach_a : reachable b (rcons s a) by rewrite reachable_rcons reach_s lt_def a_neq0 prob_ge0.
+have reach_a : reachable b (rcons s a) by rewrite reachable_rcons reach_s prob_gt0.
 have := all1 (rcons s a); rewrite size_rcons rho_rcons (all1 s (ltnW lt_sH)) // mul1r => /(_ lt_sH reach_a).
 by rewrite /ratio => /(congr1 ( *%R^~ (b s a))); rewrite divfK // mul1r.
 Qed.

@@ -626,12 +626,7 @@ Variables (R : realFieldType) (A : finType) (p : policy R A).
 Implicit Types (s : seq A) (X : seq A -> R) (c : R).
 
 Lemma Var_le_around n s X c : Var p n s X <= E p n s (fun w => (X w - c) ^+ 2).
-Proof.
-have -> : E p n s (fun w => (X w - c) ^+ 2) = Var p n s X + (E p n s X - c) ^+ 2.
-  transitivity (E p n s (fun w => X w ^+ 2 - 2%:R * c * X w + c ^+ 2)); first by apply: eq_E => u _; ring.
-  by rewrite E_add E_sub E_scale E_const /Var; move: (E _ _ _ _) (E _ _ _ _) => y m; ring.
-by rewrite ler_addl sqr_ge0.
-Qed.
+Proof. by rewrite E_around ler_addl sqr_ge0. Qed.
 
 (* Cutting a weight at c brings no two of its values further apart, *)
 Lemma truncated_closer c (x y : R) : (truncated c x - truncated c y) ^+ 2 <= (x - y) ^+ 2.

@@ -230,7 +230,7 @@ Hypothesis one_sign : forall w, size w = H -> reachable pi w -> 0 < c * path_sum
 Let M s := value H (fun w => c * path_sum f w) pi s.
 
 Lemma M_next s : (size s < H)%N -> M s = \sum_a pi s a * M (rcons s a).
-Proof. by move=> lt_sH; rewrite {1}/M /value -(subnSK lt_sH); under [RHS]eq_bigr do rewrite /M /value size_rcons. Qed.
+Proof. exact: value_next. Qed.
 
 Lemma M_gt0 s : (size s <= H)%N -> reachable pi s -> 0 < M s.
 Proof.
@@ -247,7 +247,7 @@ rewrite lt_def M_next // sumr_ge0 // andbT psumr_eq0 //; apply/allPn.
 have [a a_neq0] : exists a, pi s a != 0.
   apply/existsP; apply: contraTT isT => /existsPn zero; have /eqP := prob_sum1 pi s.
   by rewrite big1 ?(eq_sym 0) ?oner_eq0 // => a _; apply/eqP; have := zero a; rewrite negbK.
-by exists a; rewrite ?mem_index_enum //= mulf_neq0 // lt0r_neq0 // pos // lt_def a_neq0 prob_ge0.
+by exists a; rewrite ?mem_index_enum //= mulf_neq0 // lt0r_neq0 // pos // prob_gt0.
 Qed.
 
 Definition zero_variance_prob s a := if reachable pi s && (size s < H)%N then pi s a * M (rcons s a) / M s else pi s a.
@@ -293,7 +293,7 @@ exists zero_variance_policy; split=> //; last by have [] := claim_5_zero_varianc
 move=> s a reach /=; rewrite /zero_variance_prob; case: andP => [[reach_pi lt_sH] | //] /eqP.
 rewrite mulf_eq0 invr_eq0 (negbTE (lt0r_neq0 (M_gt0 (ltnW lt_sH) reach_pi))) orbF mulf_eq0 => /orP[/eqP // | M0].
 apply/eqP; apply: contraTT M0 => a_neq0; rewrite lt0r_neq0 // M_gt0 ?size_rcons // reachable_rcons reach_pi.
-by rewrite lt_def a_neq0 prob_ge0.
+by rewrite prob_gt0.
 Qed.
 
 End Sampler.

@@ -7,7 +7,7 @@
    probabilities, as they do the tokens of a tool; a string that ends early goes on with a padding token that both write
    with probability 1. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
+From mathcomp Require Import all_ssreflect all_algebra ring.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- policies ------------------------------------------------------------------------------------------------------ *)
+(* --- policies ----------------------------------------------------------------------------------------------------- *)
 
 (* p s a is the probability of token a after history s. *)
 Record policy (R : realFieldType) (A : finType) := Policy {
@@ -25,7 +25,10 @@ Record policy (R : realFieldType) (A : finType) := Policy {
   prob_sum1 : forall s, \sum_(a : A) prob s a = 1
 }.
 
-(* --- functions of a step, and their sums and products along a string ------------------------------------------------- *)
+Lemma prob_gt0 (R : realFieldType) (A : finType) (p : policy R A) s a : (0 < p s a) = (p s a != 0).
+Proof. by rewrite lt_def prob_ge0 andbT. Qed.
+
+(* --- functions of a step, and their sums and products along a string ---------------------------------------------- *)
 
 Section Steps.
 
@@ -102,7 +105,7 @@ Qed.
 
 End Steps.
 
-(* --- expectations ---------------------------------------------------------------------------------------------------- *)
+(* --- expectations ------------------------------------------------------------------------------------------------- *)
 
 Section Expectation.
 
@@ -195,7 +198,7 @@ Qed.
 
 End Expectation.
 
-(* --- expectations under a policy ------------------------------------------------------------------------------------- *)
+(* --- expectations under a policy ---------------------------------------------------------------------------------- *)
 
 Section UnderPolicy.
 
@@ -231,14 +234,15 @@ move=> leXY; rewrite -subr_ge0 -E_sub.
 by apply: E_ge0 => w; rewrite subr_ge0.
 Qed.
 
-Lemma Var_centered n s X : Var p n s X = E p n s (fun w => (X w - E p n s X) ^+ 2).
+(* The mean squared distance from a number: least from the mean, where it is the variance. *)
+Lemma E_around n s X c : E p n s (fun w => (X w - c) ^+ 2) = Var p n s X + (E p n s X - c) ^+ 2.
 Proof.
-set m := E p n s X.
-transitivity (E p n s (fun w => X w ^+ 2 - (2%:R * m) * X w + m ^+ 2)).
-  rewrite E_add E_sub E_scale E_const -/m /Var -/m.
-  by rewrite -mulrA -expr2 mulr_natl mulr2n opprD addrA addrNK.
-apply: eq_E => u _; rewrite sqrrB -mulrA mulr_natl [m * _]mulrC //.
+transitivity (E p n s (fun w => X w ^+ 2 - (2%:R * c) * X w + c ^+ 2)); first by apply: eq_E => u _; ring.
+by rewrite E_add E_sub E_scale E_const /Var; move: (E _ _ _ _) (E _ _ _ _) => y m; ring.
 Qed.
+
+Lemma Var_centered n s X : Var p n s X = E p n s (fun w => (X w - E p n s X) ^+ 2).
+Proof. by rewrite E_around subrr expr0n addr0. Qed.
 
 Lemma Var_ge0 n s X : 0 <= Var p n s X.
 Proof. by rewrite Var_centered E_ge0 // => w; rewrite sqr_ge0. Qed.
@@ -258,7 +262,7 @@ Qed.
 
 End UnderPolicy.
 
-(* --- the two policies ------------------------------------------------------------------------------------------------ *)
+(* --- the two policies --------------------------------------------------------------------------------------------- *)
 
 Section Ratio.
 
@@ -327,7 +331,7 @@ Lemma eq_E_reachable n s X Y :
 Proof.
 elim: n s => [|n IHn] s reach eqXY /=; first by rewrite -[s]cats0 eqXY ?cats0.
 apply: eq_bigr => a _; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 !mul0r.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 congr (_ * _); apply: IHn => [|u sz_u]; first by rewrite reachable_rcons reach.
 by rewrite cat_rcons; apply: eqXY; rewrite /= sz_u.
 Qed.
@@ -346,7 +350,7 @@ Theorem change_of_measure n s X : reachable b s -> E b n s (fun w => rho w * X w
 Proof.
 elim: n s => //= n IHn s reach; rewrite big_distrr /=; apply: eq_bigr => a _.
 have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 (AC reach a0) !mul0r mulr0.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 by rewrite IHn ?reachable_rcons ?reach // rho_rcons -(b_ratio a reach) -!mulrA [LHS]mulrCA.
 Qed.
 

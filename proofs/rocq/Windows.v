@@ -168,7 +168,7 @@ Theorem claim_7_drift_gibbs (pi : policy R A) s :
 Proof.
 move=> gibbs; rewrite oppr_ge0; apply: (@le_trans _ _ (\sum_a (pi s a - b s a))).
   apply: ler_sum => a _; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 mul0r subr0 prob_ge0.
-  have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+  have a_gt0 : 0 < b s a by rewrite prob_gt0.
   apply: le_trans (ler_wpmul2l (ltW a_gt0) (gibbs a a_gt0)) _.
   by rewrite mulrBr mulr1 /ratio mulrC divfK.
 by rewrite sumrB !prob_sum1 subrr.
@@ -183,14 +183,14 @@ move=> gibbs [a1 neq1]; rewrite oppr_gt0.
 pose gap a := pi s a - b s a - b s a * l s a.
 have gap_ge0 a : 0 <= gap a.
   rewrite subr_ge0; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 mul0r subr0 prob_ge0.
-  have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+  have a_gt0 : 0 < b s a by rewrite prob_gt0.
   apply: le_trans (ler_wpmul2l (ltW a_gt0) (gibbs a a_gt0)) _.
   by rewrite mulrBr mulr1 /ratio mulrC divfK.
 have sum_gap : \sum_a gap a = - next b s (l s) by rewrite !sumrB !prob_sum1 subrr sub0r.
 rewrite -oppr_gt0 -sum_gap lt_def sumr_ge0 ?andbT //; apply/negP.
 rewrite psumr_eq0 // => /allP gap0; have := gap0 a1 (mem_index_enum _); rewrite /= subr_eq0.
 have [b0 | b_neq0] := eqVneq (b s a1) 0; first by rewrite b0 mul0r subr0 -b0 (negbTE neq1).
-have b_gt0 : 0 < b s a1 by rewrite lt_def b_neq0 prob_ge0.
+have b_gt0 : 0 < b s a1 by rewrite prob_gt0.
 have -> : pi s a1 - b s a1 = b s a1 * (ratio b pi s a1 - 1) by rewrite mulrBr mulr1 /ratio mulrC divfK.
 rewrite (inj_eq (mulfI b_neq0)) eq_sym (gibbs a1 b_gt0) /ratio -[X in _ == X](divff b_neq0).
 by rewrite (inj_eq (divIf b_neq0)) (negbTE neq1).
