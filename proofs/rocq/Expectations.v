@@ -228,6 +228,15 @@ move=> /(ler_wpmul2r (X_ge0 s)) /le_trans; apply; rewrite mulrC -E_scale le_eqVl
 by apply: eq_E => u _; rewrite -sz_s take_size_cat // mulrC.
 Qed.
 
+Lemma Var_rho_le X :
+  Var b H [::] (fun w => rho (take n w) * X (take n w)) <= Var b H [::] (fun w => rho w * X (take n w)).
+Proof.
+have sqr r : E b H [::] (fun w => (r w * X (take n w)) ^+ 2) = E b H [::] (fun w => r w ^+ 2 * X (take n w) ^+ 2).
+  by apply: eq_E => w _; rewrite exprMn.
+rewrite /Var E_rho_prefix E_rho_times ler_add2r (sqr (fun w => rho (take n w))) (sqr rho).
+by apply: (E_rho_sqr_le (X := fun s => X s ^+ 2)) => s; apply: sqr_ge0.
+Qed.
+
 End Prefix.
 
 End Ratio.

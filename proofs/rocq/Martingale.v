@@ -286,9 +286,7 @@ by rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * chi2 b pi s) le_tH); ring.
 Qed.
 
 Lemma gain_ge0 H t : 0 <= E b H [::] (fun w => rho b pi (take t w) ^+ 2 * chi2 b pi (take t w)).
-Proof.
-by apply: E_ge0_reachable => u _ reach; rewrite mulr_ge0 ?sqr_ge0 ?chi2_ge0 // reachable_take.
-Qed.
+Proof. by apply: E_ge0_reachable => u _ reach; rewrite mulr_ge0 ?sqr_ge0 ?chi2_ge0 // reachable_take. Qed.
 
 (* The same from t tokens to u: the gains of the tokens between them add up. *)
 Lemma Var_gains H t u : (t <= u <= H)%N ->

@@ -251,13 +251,7 @@ Qed.
 (* T1, variance of one token's term: the cumulative ratio's is no larger than the sequence ratio's. *)
 Theorem claim_T1_variance_term H t X : (t <= H)%N ->
   Var b H [::] (fun w => rho b pi (take t w) * X (take t w)) <= Var b H [::] (fun w => rho b pi w * X (take t w)).
-Proof.
-move=> le_tH; rewrite /Var claim_3_prop1 // E_rho_times // ler_add2r.
-have sqr r : E b H [::] (fun w => (r w * X (take t w)) ^+ 2) = E b H [::] (fun w => r w ^+ 2 * X (take t w) ^+ 2).
-  by apply: eq_E => w _; rewrite exprMn.
-rewrite (sqr (fun w => rho b pi (take t w))) (sqr (rho b pi)).
-by apply: (E_rho_sqr_le AC le_tH (X := fun s => X s ^+ 2)) => s; apply: sqr_ge0.
-Qed.
+Proof. by move=> le_tH; apply: Var_rho_le. Qed.
 
 End CumulativeRatio.
 
@@ -477,7 +471,7 @@ have -> : scale * tilted w = string_prob b w * root w.
 have expr_pred x : x ^+ H = x ^+ H.-1 * x by rewrite -exprSr prednK.
 rewrite exprMn root_power ?size_tuple // expr_pred -mulrA; congr (_ * _).
 have [reach_w | ] := boolP (reachable b w); first by rewrite rho_string_prob // mulrC divfK // lt0r_neq0.
-move=> none; rewrite (unreachable none) mul0r (@unreachable _ _ pi) //; by apply: contra none; apply: reachable_AC.
+by move=> none; rewrite (unreachable none) mul0r (@unreachable _ _ pi) // (contra _ none) //; apply: reachable_AC.
 Qed.
 
 (* Z <= 1: H rho^(1/H) <= H - 1 + rho by Bernoulli's inequality, and E_b rho = 1. *)

@@ -339,9 +339,7 @@ Lemma geometric_gt0 y n : 1 <= y -> (0 < n)%N -> 0 < geometric y n.
 Proof. by move=> y_ge1 n_gt0; apply: lt_le_trans (geometric_ge _ y_ge1); rewrite ltr0n. Qed.
 
 Lemma variance_ratio_geometric d H t : 0 < d -> variance_ratio d H t = geometric (1 + d) H / geometric (1 + d) t.
-Proof.
-by move=> d_gt0; rewrite /variance_ratio !subrX1 [1 + d]addrC addrK -mulf_div divff ?mul1r ?gt_eqF.
-Qed.
+Proof. by move=> d_gt0; rewrite /variance_ratio !subrX1 [1 + d]addrC addrK -mulf_div divff ?mul1r ?gt_eqF. Qed.
 
 Lemma geometric_le y n t : 1 <= y -> (t <= n)%N -> geometric y t <= t%:R * y ^+ n.
 Proof.
@@ -484,30 +482,19 @@ Hypotheses (AC_mu : absolutely_continuous mu b) (AC_b : absolutely_continuous b 
 (* For samples of mu, the ratio of the whole string b/mu times rho_t = pi/b is unbiased for what is known at token t, *)
 Theorem claim_11_prefix_sequence H t f : (t <= H)%N ->
   E mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))) = E pi H [::] (fun w => f (take t w)).
-Proof.
-by move=> le_tH; rewrite (E_rho_times AC_mu H (fun w => rho b pi (take t w) * f (take t w))) E_rho_prefix.
-Qed.
+Proof. by move=> le_tH; rewrite (E_rho_times AC_mu H (fun w => rho b pi (take t w) * f (take t w))) E_rho_prefix. Qed.
 
 (* and so is the ratio of its first t tokens, which are all that the integrand has seen, *)
 Theorem claim_11_prefix H t f : (t <= H)%N ->
   E mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) =
   E pi H [::] (fun w => f (take t w)).
-Proof.
-by move=> le_tH; rewrite (E_rho_prefix AC_mu le_tH (fun s => rho b pi s * f s)) E_rho_prefix.
-Qed.
+Proof. by move=> le_tH; rewrite (E_rho_prefix AC_mu le_tH (fun s => rho b pi s * f s)) E_rho_prefix. Qed.
 
 (* which is never noisier: given t tokens, the ratio of the string has the ratio so far as its mean. *)
 Theorem claim_11_prefix_variance H t f : (t <= H)%N ->
   Var mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) <=
   Var mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))).
-Proof.
-move=> le_tH; rewrite /Var claim_11_prefix // claim_11_prefix_sequence // ler_add2r.
-have sqr r : E mu H [::] (fun w => (r w * (rho b pi (take t w) * f (take t w))) ^+ 2) =
-    E mu H [::] (fun w => r w ^+ 2 * (rho b pi (take t w) * f (take t w)) ^+ 2).
-  by apply: eq_E => w _; rewrite exprMn.
-rewrite (sqr (fun w => rho mu b (take t w))) (sqr (rho mu b)).
-by apply: (E_rho_sqr_le AC_mu le_tH (X := fun s => (rho b pi s * f s) ^+ 2)) => s; apply: sqr_ge0.
-Qed.
+Proof. by move=> le_tH; apply: (Var_rho_le AC_mu le_tH (fun s => rho b pi s * f s)). Qed.
 
 (* Summed over the tokens, then, for any function of history and token, such as a score times the exact advantage: *)
 Theorem claim_11_levels_prefix H (g : seq A -> A -> R) :
@@ -552,7 +539,7 @@ Qed.
 Theorem claim_11_none_mean H t : absolutely_continuous b mu -> absolutely_continuous b pi -> (t <= H)%N ->
   E mu H [::] (fun w => rho b pi (take t w)) - 1 = Cov b t [::] (rho b mu) (rho b pi).
 Proof.
-move=> AC_mu AC_pi le_tH; by rewrite (E_prefix mu (rho b pi)) // /Cov E_rho_times // !E_rho // !rho_nil mulr1.
+by move=> AC_mu AC_pi le_tH; rewrite (E_prefix mu (rho b pi)) // /Cov E_rho_times // !E_rho // !rho_nil mulr1.
 Qed.
 
 (* If the ratio of a token has mean q under mu at every history, that of t tokens has mean q^t. *)

@@ -321,9 +321,7 @@ Lemma moved_b s a : moved b x s a = b_poly s a * (1 + x s a *: 'X).
 Proof. by rewrite /moved /b_poly mulrDr mulr1 -scalerA !mul_polyC. Qed.
 
 Lemma rho_moved_coef w : (rho_moved w)`_0 = 1 /\ (rho_moved w)`_1 = path_sum x w.
-Proof.
-by apply: coef_path_prod => s a; rewrite !coefD !coefZ !coefX !coef1 /= ?mulr0 ?mulr1 ?addr0 ?add0r.
-Qed.
+Proof. by apply: coef_path_prod => s a; rewrite !coefD !coefZ !coefX !coef1 /= ?mulr0 ?mulr1 ?addr0 ?add0r. Qed.
 
 Lemma rho_moved_mean n s : E b_poly n s rho_moved = rho_moved s.
 Proof.
