@@ -135,7 +135,7 @@ End Groups.
 Section Weights.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat).
-Implicit Types (s w : seq A) (f g : seq A -> A -> R) (X L : seq A -> R).
+Implicit Types (s w : seq A) (f g : seq A -> A -> R) (X : seq A -> R).
 
 Hypothesis AC : absolutely_continuous b pi.
 
@@ -158,14 +158,13 @@ Theorem claim_6_mean_weights g : is_score pi g ->
       E b H [::] (fun w => \sum_(t < size w) rho b pi (take t.+1 w) * step g t w) = 0
     & E b H [::] (fun w => rho b pi w * path_sum g w) = 0].
 Proof.
-move=> score; have pi0 := fun t (lt_tH : (t < H)%N) => E_step0 lt_tH score.
-split; first exact: E_score; last by rewrite E_rho_times // E_score.
+move=> score; split; first exact: E_score; last by rewrite E_rho_times // E_score.
 - transitivity (E b H [::] (path_sum (fun s a => ratio b pi s a * g s a))) => //.
   rewrite E_path_sum big1 // => t _; rewrite E_step // -[RHS](E0 b t [::]).
   by apply: eq_E_reachable => // s _ reach; rewrite (next_ratio AC) ?score.
 transitivity (E b H [::] (fun w => \sum_(t < H) rho b pi (take t.+1 w) * step g t w)).
   by apply: eq_E => w /= ->.
-by rewrite E_sum big1 // => t _; rewrite E_rho_known ?pi0 // => w _; rewrite step_take.
+by rewrite E_sum big1 // => t _; rewrite E_rho_known ?E_step0 // => w _; rewrite step_take.
 Qed.
 
 (* --- lengths ------------------------------------------------------------------------------------------------------ *)

@@ -18,7 +18,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- probabilities, and expectations given an event or a statistic ------------------------------------------------ *)
+(* --- expectations given an event or a statistic ------------------------------------------------------------------- *)
 
 Section Given.
 

@@ -17,6 +17,7 @@ Local Open Scope ring_scope.
 
 (* --- chapter 2: how the second moment compounds ------------------------------------------------------------------- *)
 
+(* The mean of a token: constants. *)
 Lemma next_const (R : realFieldType) (A : finType) (p : policy R A) s c : next p s (fun=> c) = c.
 Proof. by rewrite /next -big_distrl /= prob_sum1 mul1r. Qed.
 
