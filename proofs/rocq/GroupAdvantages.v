@@ -5,9 +5,8 @@
    deviation do to the expected estimator; what 1/length does; what a clip window takes away, and in which sense the
    clipped surrogate is a lower bound. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees Gradients.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Gradients PolicyGradient.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -15,33 +14,6 @@ Unset Printing Implicit Defensive.
 
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
-
-(* --- one response ------------------------------------------------------------------------------------------------- *)
-
-Section Response.
-
-Variables (R : realFieldType) (A : finType).
-Implicit Types (p b pi : policy R A) (f : seq A -> A -> R) (s w : seq A) (X Y : seq A -> R).
-
-(* A token's expectation, given its history. *)
-Lemma E_step p H t f (G : seq A -> R) : (t < H)%N ->
-  E p H [::] (fun w => G (take t w) * step f t w) = E p t [::] (fun s => G s * next p s (f s)).
-Proof.
-move=> lt_tH; transitivity (E p t.+1 [::] (fun w => G (take t w) * step f t w)).
-  rewrite -(E_prefix p (fun w => G (take t w) * step f t w) lt_tH).
-  by apply: eq_E => w _; rewrite /= step_take // take_take.
-rewrite -addn1 E_tower; apply: eq_E => s /= sz_s.
-rewrite /next big_distrr /=; apply: eq_bigr => a _.
-by rewrite -sz_s step_rcons -cats1 take_size_cat // mulrCA.
-Qed.
-
-Lemma E_string p n X : E p n [::] X = \sum_(u : n.-tuple A) string_prob p u * X u.
-Proof.
-rewrite E_big; apply: eq_bigr => u _; congr (_ * _).
-by rewrite /string_prob /path_prod size_tuple.
-Qed.
-
-End Response.
 
 (* --- groups ------------------------------------------------------------------------------------------------------- *)
 
@@ -73,7 +45,7 @@ Proof. by move=> eqF; apply: eq_bigr => o _; rewrite eqF. Qed.
 Lemma group_E_prod (X : 'I_G -> seq A -> R) :
   group_E (fun o => \prod_(i < G) X i (o i)) = \prod_(i < G) E b H [::] (X i).
 Proof.
-under [RHS]eq_bigr => i _ do rewrite E_string.
+under [RHS]eq_bigr => i _ do rewrite E_strings.
 by rewrite bigA_distr_bigA; apply: eq_bigr => o _; rewrite -big_split.
 Qed.
 
@@ -163,15 +135,7 @@ End Groups.
 Section Weights.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (H : nat).
-Implicit Types (s w : seq A) (f g : seq A -> A -> R) (X L : seq A -> R).
-
-Lemma E_score p g : is_score p g -> E p H [::] (path_sum g) = 0.
-Proof.
-move=> score; transitivity (E p H [::] (fun w => \sum_(t < H) 1 * step g t w)).
-  by apply: eq_E => w sz_w; rewrite /path_sum sz_w; apply: eq_bigr => t _; rewrite mul1r.
-rewrite E_sum big1 // => t _; rewrite (E_step p g (fun=> 1)) // -[RHS](E0 p t [::]).
-by apply: eq_E => s _; rewrite score mulr0.
-Qed.
+Implicit Types (s w : seq A) (f g : seq A -> A -> R) (X : seq A -> R).
 
 Hypothesis AC : absolutely_continuous b pi.
 
@@ -181,22 +145,8 @@ Lemma E_prefix_weight f X t : (t < H)%N ->
   E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w * X w) =
   E pi H [::] (fun w => step f t w * E b (H - t.+1) (take t.+1 w) X).
 Proof.
-move=> lt_tH; rewrite (E_split b _ lt_tH).
-transitivity (E b t.+1 [::] (fun s => rho b pi s * (step f t s * E b (H - t.+1) s X))).
-  apply: eq_E => s /= sz_s; rewrite mulrA -E_scale; apply: eq_E => u _.
-  by rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
-rewrite (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
-rewrite -(E_prefix pi (fun s => step f t s * E b (H - t.+1) s X) lt_tH).
-by apply: eq_E => w _; rewrite step_take.
-Qed.
-
-(* Proposition 1: what is known at its token. *)
-Lemma E_prefix_weight_known f t : (t < H)%N ->
-  E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w) = E pi H [::] (step f t).
-Proof.
-move=> lt_tH; transitivity (E b H [::] (fun w => rho b pi (take t.+1 w) * step f t w * 1)).
-  by apply: eq_E => w _; rewrite mulr1.
-by rewrite (E_prefix_weight f (fun=> 1)) //; apply: eq_E => w _; rewrite E_const mulr1.
+move=> lt_tH; rewrite -E_rest // => [|w _]; last by rewrite step_take.
+by rewrite -(rho_switches AC lt_tH); apply: eq_E => w _; rewrite mulrA.
 Qed.
 
 (* The weights under which a baseline is free: none where b = pi, and r_t, rho_t and rho_H. (What `claim_6_mean` and
@@ -208,19 +158,13 @@ Theorem claim_6_mean_weights g : is_score pi g ->
       E b H [::] (fun w => \sum_(t < size w) rho b pi (take t.+1 w) * step g t w) = 0
     & E b H [::] (fun w => rho b pi w * path_sum g w) = 0].
 Proof.
-move=> score; have pi0 t : (t < H)%N -> E pi H [::] (step g t) = 0.
-  move=> lt_tH; transitivity (E pi H [::] (fun w => 1 * step g t w)); first by apply: eq_E => w _; rewrite mul1r.
-  by rewrite (E_step pi g (fun=> 1)) // -[RHS](E0 pi t [::]); apply: eq_E => s _; rewrite score mulr0.
-split; first exact: E_score.
-- transitivity (E b H [::] (fun w => \sum_(t < H) 1 * step (fun s a => ratio b pi s a * g s a) t w)).
-    by apply: eq_E => w /= sz_w; rewrite sz_w; apply: eq_bigr => t _; rewrite mul1r.
-  rewrite E_sum big1 // => t _; rewrite (E_step b _ (fun=> 1)) // -[RHS](E0 b t [::]).
-  apply: eq_E_reachable; first exact: reachable_nil.
-  by move=> s _ reach; rewrite (next_ratio AC) // score mulr0.
-- transitivity (E b H [::] (fun w => \sum_(t < H) rho b pi (take t.+1 w) * step g t w)).
-    by apply: eq_E => w /= sz_w; rewrite sz_w.
-  by rewrite E_sum big1 // => t _; rewrite E_prefix_weight_known ?pi0.
-by rewrite (change_of_measure AC) ?reachable_nil // E_score ?mulr0.
+move=> score; split; first exact: E_score; last by rewrite E_rho_times // E_score.
+- transitivity (E b H [::] (path_sum (fun s a => ratio b pi s a * g s a))) => //.
+  rewrite E_path_sum big1 // => t _; rewrite E_step // -[RHS](E0 b t [::]).
+  by apply: eq_E_reachable => // s _ reach; rewrite (next_ratio AC) ?score.
+transitivity (E b H [::] (fun w => \sum_(t < H) rho b pi (take t.+1 w) * step g t w)).
+  by apply: eq_E => w /= ->.
+by rewrite E_sum big1 // => t _; rewrite E_rho_known ?E_step0 // => w _; rewrite step_take.
 Qed.
 
 (* --- lengths ------------------------------------------------------------------------------------------------------ *)
@@ -247,12 +191,8 @@ Proof.
 transitivity (E pi H [::] (fun w => \sum_(t < H) step f t w / T w)); first by apply: eq_E => w /= ->.
 rewrite E_sum [RHS](_ : _ = E pi H [::] (fun w => \sum_(t < H)
   step f t w * E pi (H - t.+1) (take t.+1 w) (fun v => (T v)^-1))); last by apply: eq_E => w /= sz_w; rewrite sz_w.
-rewrite E_sum; apply: eq_bigr => t _; have lt_tH := ltn_ord t; rewrite !(E_split pi _ lt_tH).
-apply: eq_E => s /= sz_s; rewrite [RHS](_ : _ = E pi (H - t.+1) s (fun=> step f t s *
-  E pi (H - t.+1) s (fun v => (T v)^-1))); last first.
-  by apply: eq_E => u _; rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
-rewrite E_const -E_scale; apply: eq_E => u _.
-by rewrite -(step_take f (s ++ u) (ltnSn t)) -sz_s take_size_cat.
+rewrite E_sum; apply: eq_bigr => t _; rewrite -E_rest // => [|w _]; last by rewrite step_take.
+by rewrite -E_split.
 Qed.
 
 (* --- clips -------------------------------------------------------------------------------------------------------- *)
@@ -266,12 +206,7 @@ Theorem claim_6_clip_identity f (clipped : nat -> seq A -> bool) :
 Proof.
 pose kept t w := step f t w * (~~ clipped t (take t.+1 w))%:R.
 have term t : (t < H)%N -> E b H [::] (fun w => rho b pi (take t.+1 w) * kept t w) = E pi H [::] (kept t).
-  move=> lt_tH; pose h s := step f t s * (~~ clipped t s)%:R.
-  have keptE w : kept t w = h (take t.+1 w) by rewrite /kept /h step_take.
-  transitivity (E b H [::] (fun w => (fun s => rho b pi s * h s) (take t.+1 w))).
-    by apply: eq_E => w _; rewrite keptE.
-  rewrite (E_prefix b (fun s => rho b pi s * h s) lt_tH) (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
-  by rewrite -(E_prefix pi h lt_tH); apply: eq_E => w _; rewrite keptE.
+  by move=> lt_tH; apply: E_rho_known => // w _; rewrite /kept step_take // take_take.
 transitivity (E pi H [::] (fun w => \sum_(t < H) kept t w) - E pi H [::] (path_sum f)).
   congr (_ - _); rewrite E_sum -(eq_bigr _ (fun (t : 'I_H) _ => term t (ltn_ord t))) -E_sum.
   by apply: eq_E => w /= sz_w; rewrite sz_w; apply: eq_bigr => t _; rewrite mulrA.
@@ -287,7 +222,7 @@ Proof.
 transitivity (E b H [::] (fun w => rho b pi w * \sum_(t < size w) step f t w * (~~ clipped t w)%:R) -
               E pi H [::] (path_sum f)).
   by congr (_ - _); apply: eq_E => w _; rewrite big_distrr /=; apply: eq_bigr => t _; rewrite mulrA.
-rewrite (change_of_measure AC) ?reachable_nil // rho_nil mul1r -E_sub -E_opp; apply: eq_E => w _.
+rewrite E_rho_times // -E_sub -E_opp; apply: eq_E => w _.
 rewrite /path_sum -sumrB -sumrN; apply: eq_bigr => t _.
 by case: (clipped _ _); rewrite ?(mulr0, mulr1, sub0r, subrr, oppr0).
 Qed.
@@ -317,14 +252,9 @@ Theorem claim_6_pessimism_improvement (reward : seq A -> R) (lo hi : nat -> R)
 Proof.
 have unclipped : E b H [::] (fun w => \sum_(t < size w) weight t w * step adv t w) =
                  objective H reward pi - objective H reward b.
+  rewrite performance_difference.
   transitivity (E b H [::] (fun w => \sum_(t < H) weight t w * step adv t w)); first by apply: eq_E => w /= ->.
-  rewrite E_sum (eq_bigr _ (fun (t : 'I_H) _ => E_prefix_weight_known adv (ltn_ord t))) -E_sum.
-  have telescope w : path_sum adv w = value H reward b w - value H reward b [::].
-    elim/last_ind: w => [|w a IHw]; first by rewrite path_sum_nil subrr.
-    by rewrite path_sum_rcons IHw /adv /advantage /action_value addrC addrA subrK.
-  transitivity (E pi H [::] (fun w => reward w - objective H reward b)); last by rewrite E_sub E_const.
-  apply: eq_E => w /= sz_w; move: (telescope w); rewrite /path_sum sz_w => ->.
-  by rewrite /value /objective sz_w subnn subn0.
+  rewrite E_path_sum E_sum; by apply: eq_bigr => t _; apply: E_rho_known => // w _; rewrite step_take.
 by split=> //; rewrite -unclipped; have [] := claim_6_pessimism b lo hi weight adv.
 Qed.
 
@@ -336,35 +266,17 @@ Section Length.
 
 Variables (R : realFieldType) (A : finType) (p : policy R A) (g : seq A -> A -> R).
 
-(* The score-function form of the gradient: moving p in direction g changes the expectation of X by E [X sum_t g_t]. *)
-Lemma gradient_score n s (X : seq A -> R) (Q := E (moved p g) n s (fun w => (X w)%:P)) :
-  Q`_0 = E p n s X /\ Q`_1 = E p n s (fun w => X w * (path_sum g w - path_sum g s)).
-Proof.
-rewrite {}/Q; elim: n s => [|n IHn] s /=; first by rewrite !coefC subrr mulr0.
-rewrite !coef_sum; split; apply: eq_bigr => a _; have [IH0 IH1] := IHn (rcons s a).
-  by rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM IH0 mulr0 addr0.
-rewrite /moved mulrDl coefD coefCM -scalerAl coefZ coefXM /= IH0 IH1 -mulrA -mulrDr; congr (_ * _).
-rewrite -E_scale -E_add.
-by apply: eq_E => u _; rewrite path_sum_rcons; ring.
-Qed.
-
 (* 1/T ascends another objective: E [(R - c)/T sum_t g_t] is the gradient of E [(R - c)/T], for any function T of the
    finished string, its length for one. *)
 Theorem claim_6_length H (reward T : seq A -> R) c :
   E p H [::] (fun w => (reward w - c) / T w * path_sum g w) = gradient p g H (fun w => (reward w - c) / T w).
-Proof.
-rewrite /gradient (gradient_score H [::] (fun w => (reward w - c) / T w)).2.
-by apply: eq_E => w _; rewrite path_sum_nil subr0.
-Qed.
+Proof. by rewrite policy_gradient; apply: eq_E => w _; rewrite mulrC. Qed.
 
 (* The baseline is part of it: it takes away c E [(1/T) sum_t g_t], which is 0 for a constant T. *)
 Theorem claim_6_length_baseline H (reward T : seq A -> R) c :
   gradient p g H (fun w => (reward w - c) / T w) =
   gradient p g H (fun w => reward w / T w) - c * E p H [::] (fun w => (T w)^-1 * path_sum g w).
-Proof.
-rewrite -claim_6_length -E_scale /gradient (gradient_score H [::] (fun w => reward w / T w)).2 -E_sub.
-by apply: eq_E => w _; rewrite path_sum_nil subr0; ring.
-Qed.
+Proof. by rewrite !policy_gradient -E_scale -E_sub; apply: eq_E => w _; ring. Qed.
 
 End Length.
 

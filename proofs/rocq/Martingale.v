@@ -9,7 +9,7 @@
    function of take t w, and E b (H - t) s X is the conditional expectation E_b [X | F_t] at a history s of t tokens. *)
 
 From mathcomp Require Import all_ssreflect all_algebra ring.
-From ctpo Require Import Trees Gradients.
+From ctpo Require Import Trees Expectations.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -18,55 +18,37 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- probabilities, and expectations given an event or a statistic ------------------------------------------------ *)
+(* --- expectations given an event or a statistic ------------------------------------------------------------------- *)
 
 Section Given.
 
 Variables (R : realFieldType) (A : finType) (p : policy R A) (n : nat).
 Implicit Types (X Y : seq A -> R) (D : pred (seq A)).
 
-(* Variables that are not negative where p can get to: their mean is not negative, and positive if one value is. *)
-Lemma E_positive_part X : (forall u, size u = n -> reachable p u -> 0 <= X u) ->
-  E p n [::] X = E p n [::] (fun u => Num.max 0 (X u)).
-Proof.
-move=> X_ge0; apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
-by rewrite max_r // X_ge0.
-Qed.
-
-Lemma E_ge0_reachable X : (forall u, size u = n -> reachable p u -> 0 <= X u) -> 0 <= E p n [::] X.
-Proof. by move=> X_ge0; rewrite E_positive_part // E_ge0 // => u; rewrite le_maxr lexx. Qed.
-
-Lemma E_eq0_reachable X : (forall u, 0 <= X u) -> E p n [::] X = 0 ->
-  forall u, size u = n -> reachable p u -> X u = 0.
-Proof. by move=> X_ge0 zero u sz_u reach; apply: (E_eq0 X_ge0 zero sz_u); rewrite -sz_u. Qed.
-
+(* The mean of a variable that is not negative is positive if one value is. *)
 Lemma E_gt0P X : (forall u, size u = n -> reachable p u -> 0 <= X u) ->
   0 < E p n [::] X <-> exists u, [/\ size u = n, reachable p u & 0 < X u].
 Proof.
 move=> X_ge0; split=> [|[u [sz_u reach X_gt0]]].
   have [/existsP[u /andP[reach X_gt0]] _ | ] := boolP [exists u : n.-tuple A, reachable p u && (0 < X u)].
     by exists u; rewrite size_tuple.
-  rewrite negb_exists => /forallP none; rewrite (_ : E p n [::] X = 0) ?ltxx // -[RHS](E0 p n [::]).
-  apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
-  have /eqP sz := sz_u; have := none (Tuple sz); rewrite reach /= -leNgt => X_le0.
-  by apply/eqP; rewrite eq_le X_le0 X_ge0.
-have max_ge0 v : 0 <= Num.max 0 (X v) by rewrite le_maxr lexx.
-rewrite lt_def E_ge0_reachable // andbT E_positive_part //; apply/eqP => /(E_eq0_reachable max_ge0).
-by move=> /(_ u sz_u reach); rewrite max_r ?ltW // => X0; rewrite X0 ltxx in X_gt0.
+  rewrite negb_exists => /forallP none; rewrite ltNge -(E0 p n [::]) E_le_reachable // => u sz_u reach.
+  by have /eqP sz := sz_u; have := none (Tuple sz); rewrite reach /= -leNgt.
+rewrite lt_def E_ge0_reachable // andbT; apply/eqP => /(E_eq0_reachable X_ge0)/(_ u sz_u reach) X0.
+by rewrite X0 ltxx in X_gt0.
 Qed.
 
-(* The probability of an event, and the mean of X given it, over strings of n tokens. *)
-Definition Pr D : R := E p n [::] (fun w => (D w)%:R).
-Definition E_given D X : R := E p n [::] (fun w => X w * (D w)%:R) / Pr D.
+(* The mean of X given an event, over strings of n tokens. *)
+Definition E_given D X : R := E p n [::] (fun w => X w * (D w)%:R) / Pr p n D.
 
 (* The mean of X given the value of a statistic of the string, as a function of that value. *)
 Definition E_given_stat (S : eqType) (stat : seq A -> S) X (c : S) : R := E_given (fun w => stat w == c) X.
 
 (* An event of probability 0 carries no part of an expectation. *)
-Lemma E_null D X : Pr D = 0 -> E p n [::] (fun w => X w * (D w)%:R) = 0.
+Lemma E_null D X : Pr p n D = 0 -> E p n [::] (fun w => X w * (D w)%:R) = 0.
 Proof.
-move=> PrD0; rewrite -[RHS](E0 p n [::]); apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
-by rewrite (E_eq0_reachable _ PrD0) ?mulr0 // => w; apply: ler0n.
+move=> PrD0; rewrite -[RHS](E0 p n [::]); apply: eq_E_reachable => // u sz_u reach.
+by rewrite (E_eq0_reachable _ PrD0) ?mulr0 // => w *; apply: ler0n.
 Qed.
 
 (* X and its mean given a statistic have the same expectation times any function of the statistic. *)
@@ -81,10 +63,10 @@ have by_value (Y : S -> seq A -> R) : E p n [::] (fun w => Y (stat w) w) =
   rewrite (bigD1_seq (stat u)) ?undup_uniq //= eqxx mulr1 big1 ?addr0 // => c.
   by rewrite eq_sym => /negbTE ->; rewrite mulr0.
 rewrite (by_value (fun c w => X w * h c)) (by_value (fun c w => E_given_stat stat X c * h c)).
-apply: eq_bigr => c _; rewrite E_scale -/(Pr _).
+apply: eq_bigr => c _; rewrite E_scale -/(Pr p n _).
 transitivity (h c * E p n [::] (fun w => X w * (stat w == c)%:R)).
   by rewrite -E_scale; apply: eq_E => u _; rewrite mulrAC mulrC.
-have [zero | nonzero] := eqVneq (Pr (fun w => stat w == c)) 0; first by rewrite E_null // zero !mulr0.
+have [zero | nonzero] := eqVneq (Pr p n (fun w => stat w == c)) 0; first by rewrite E_null // zero !mulr0.
 by rewrite mulrAC /E_given_stat /E_given divfK // mulrC.
 Qed.
 
@@ -120,22 +102,13 @@ Lemma E_given_prefix t s X : (t <= n)%N -> size s = t -> reachable p s ->
   E_given_stat (take t) X s = E p (n - t) s X.
 Proof.
 move=> le_tn sz_s reach; rewrite /E_given_stat /E_given E_at //.
-have -> : Pr (fun w => take t w == s) = string_prob p s.
+have -> : Pr p n (fun w => take t w == s) = string_prob p s.
   transitivity (E p n [::] (fun w => 1 * (take t w == s)%:R)); first by apply: eq_E => u _; rewrite mul1r.
   by rewrite E_at // E_const mulr1.
 by rewrite mulrC mulKf // lt0r_neq0.
 Qed.
 
 End Given.
-
-(* What p can get to: every prefix of it, and with it only tokens that p writes. *)
-Lemma reachable_cat (R : realFieldType) (A : finType) (p : policy R A) (s u : seq A) :
-  reachable p (s ++ u) -> reachable p s.
-Proof. by elim/last_ind: u => [|u a IHu]; rewrite ?cats0 // -rcons_cat reachable_rcons => /andP[/IHu]. Qed.
-
-Lemma reachable_take (R : realFieldType) (A : finType) (p : policy R A) t (w : seq A) :
-  reachable p w -> reachable p (take t w).
-Proof. by move=> reach; apply: (@reachable_cat _ _ _ _ (drop t w)); rewrite cat_take_drop. Qed.
 
 (* --- without absolute continuity ---------------------------------------------------------------------------------- *)
 
@@ -153,7 +126,7 @@ rewrite big_distrr /=; apply: eq_bigr => a _; have [a0 | a_neq0] := eqVneq (b s 
   rewrite a0 mul0r (_ : E pi n (rcons s a) _ = 0) ?mulr0 // -[RHS](E0 pi n (rcons s a)).
   apply: eq_E => u _; rewrite (_ : reachable b _ = false) ?mul0r //; apply/negP => /reachable_cat.
   by rewrite reachable_rcons a0 ltxx andbF.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 by rewrite IHn ?reachable_rcons ?reach // rho_rcons /ratio; field; rewrite a_neq0.
 Qed.
 
@@ -164,7 +137,7 @@ Theorem claim_1_support H t : (t <= H)%N ->
 Proof.
 move=> le_tH; rewrite /Pr !(E_prefix _ _ le_tH) (E_prefix pi (fun w => (reachable b w)%:R) le_tH).
 transitivity (E b t [::] (fun w => rho b pi w * 1)); first by apply: eq_E => u _; rewrite mulr1.
-rewrite change_of_measure_support ?reachable_nil // rho_nil mul1r.
+rewrite change_of_measure_support // rho_nil mul1r.
 by apply: eq_E => u _; rewrite mulr1.
 Qed.
 
@@ -172,9 +145,8 @@ Qed.
 Theorem claim_1_support_sum H t : (t <= H)%N ->
   E b H [::] (fun w => rho b pi (take t w)) = \sum_(s : t.-tuple A | reachable b s) string_prob pi s.
 Proof.
-move=> le_tH; rewrite claim_1_support // /Pr (E_prefix pi (fun w => (reachable b w)%:R) le_tH) E_big [RHS]big_mkcond /=.
-apply: eq_bigr => s _; rewrite /string_prob /path_prod size_tuple.
-by case: (reachable b s); rewrite ?mulr1 ?mulr0.
+move=> le_tH; rewrite claim_1_support // /Pr (E_prefix pi (fun w => (reachable b w)%:R) le_tH) E_strings.
+by rewrite [RHS]big_mkcond; apply: eq_bigr => s _; case: (reachable b s); rewrite ?mulr1 ?mulr0.
 Qed.
 
 (* 1.support: so the mean is never above 1, *)
@@ -243,13 +215,6 @@ Variables (R : realFieldType) (A : finType) (b pi : policy R A).
 Implicit Types (s w : seq A) (X : seq A -> R) (phi : R -> R).
 Hypothesis AC : absolutely_continuous b pi.
 
-Lemma reachable_AC s : reachable pi s -> reachable b s.
-Proof.
-elim/last_ind: s => [_|s a IHs]; first exact: reachable_nil.
-rewrite !reachable_rcons => /andP[/IHs reach pi_gt0]; rewrite reach lt_def prob_ge0 andbT.
-by apply: contraL pi_gt0 => /eqP/(AC reach)->; rewrite ltxx.
-Qed.
-
 Lemma rho_gt0 s : reachable b s -> (0 < rho b pi s) = reachable pi s.
 Proof. by move=> reach; rewrite rho_string_prob // pmulr_lgt0 ?invr_gt0. Qed.
 
@@ -260,26 +225,18 @@ Theorem claim_1_martingale_between H t u s : (t <= u <= H)%N -> size s = t -> re
 Proof.
 move=> /andP[le_tu le_uH] sz_s reach.
 have -> : (H - t = (u - t) + (H - u))%N by rewrite addnC addnBA // subnK.
-rewrite E_tower.
-transitivity (E b (u - t) s (fun w => rho b pi w * 1)).
-  apply: eq_E => v sz_v; rewrite mulr1 -[RHS](E_const b (H - u) (s ++ v)); apply: eq_E => v' _.
-  by rewrite take_size_cat // size_cat sz_s sz_v subnKC.
-by rewrite change_of_measure // E_const mulr1.
+rewrite E_tower -[RHS](E_rho AC (u - t) reach); apply: eq_E => v sz_v.
+by rewrite -(E_past b (H - u) (s ++ v) (rho b pi)) size_cat sz_s sz_v subnKC.
 Qed.
 
 (* 1.martingale: E_b [rho_H | F_t] = rho_t. *)
 Theorem claim_1_martingale_conditional H t s : (t <= H)%N -> size s = t -> reachable b s ->
   E b (H - t) s (rho b pi) = rho b pi s.
-Proof.
-move=> le_tH sz_s reach; rewrite -[RHS](@claim_1_martingale_between H t H) ?le_tH ?leqnn //.
-by apply: eq_E => u sz_u; rewrite take_oversize // size_cat sz_s sz_u subnKC.
-Qed.
+Proof. by move=> _ _; apply: E_rho. Qed.
 
 (* 1.martingale: E_b rho_t = 1 for every t up to the horizon H. *)
 Theorem claim_1_martingale H t : (t <= H)%N -> E b H [::] (fun w => rho b pi (take t w)) = 1.
-Proof.
-move=> le_tH; rewrite -[H in LHS]subn0 (@claim_1_martingale_between H 0 t) ?rho_nil ?reachable_nil //.
-Qed.
+Proof. by move=> le_tH; rewrite (E_prefix b (rho b pi) le_tH) E_rho // rho_nil. Qed.
 
 (* 1.survivors: for an event "alive" that is known after t tokens, E_b [rho_t | alive] = P_pi(alive) / P_b(alive). *)
 Theorem claim_1_survivors H t (alive : pred (seq A)) : (t <= H)%N ->
@@ -287,8 +244,7 @@ Theorem claim_1_survivors H t (alive : pred (seq A)) : (t <= H)%N ->
   Pr pi H (fun w => alive (take t w)) / Pr b H (fun w => alive (take t w)).
 Proof.
 move=> le_tH; rewrite /E_given; congr (_ / _); rewrite /Pr.
-rewrite (E_prefix b (fun s => rho b pi s * (alive s)%:R) le_tH) (E_prefix pi (fun s => (alive s)%:R) le_tH).
-by rewrite change_of_measure ?reachable_nil // rho_nil mul1r.
+exact: (E_rho_prefix AC le_tH (fun s => (alive s)%:R)).
 Qed.
 
 (* --- its second moment -------------------------------------------------------------------------------------------- *)
@@ -319,34 +275,18 @@ rewrite (bigD1 a) //= ltr_paddr ?sumr_ge0 // divr_gt0 //.
 by rewrite lt_def prob_ge0 andbT; apply: contraNneq differ => a0; rewrite a0 (AC reach a0).
 Qed.
 
-(* What one more token adds to the second moment. *)
-Lemma second_moment_step H t : (t < H)%N ->
-  E b H [::] (fun w => rho b pi (take t.+1 w) ^+ 2) - E b H [::] (fun w => rho b pi (take t w) ^+ 2) =
-  E b H [::] (fun w => rho b pi (take t w) ^+ 2 * chi2 b pi (take t w)).
-Proof.
-move=> lt_tH; have le_tH := ltnW lt_tH.
-rewrite (E_prefix b (fun s => rho b pi s ^+ 2) lt_tH) (E_prefix b (fun s => rho b pi s ^+ 2) le_tH).
-rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * chi2 b pi s) le_tH) -addn1 E_tower -E_sub.
-apply: eq_E => s _ /=; rewrite /chi2 mulrBr mulr1; congr (_ - _); rewrite big_distrr /=.
-apply: eq_bigr => a _; rewrite rho_rcons /ratio; have [-> | a_neq0] := eqVneq (b s a) 0.
-  by rewrite invr0; ring.
-by field; rewrite a_neq0.
-Qed.
-
 (* 1.variance: Var(rho_(t+1)) - Var(rho_t) = E_b [rho_t^2 chi2(s_(t+1))], for t < H. Both means are 1, so it is the step
    of the second moment: given the tokens so far, rho_(t+1)^2 has mean rho_t^2 (1 + chi2). *)
 Theorem claim_1_variance H t : (t < H)%N ->
   Var b H [::] (fun w => rho b pi (take t.+1 w)) - Var b H [::] (fun w => rho b pi (take t w)) =
   E b H [::] (fun w => rho b pi (take t w) ^+ 2 * chi2 b pi (take t w)).
 Proof.
-move=> lt_tH; rewrite -second_moment_step // /Var (claim_1_martingale lt_tH) (claim_1_martingale (ltnW lt_tH)).
-by rewrite opprB addrA addrNK.
+move=> lt_tH; have le_tH := ltnW lt_tH; rewrite !Var_rho // E_rho_sqr_last.
+by rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * chi2 b pi s) le_tH); ring.
 Qed.
 
 Lemma gain_ge0 H t : 0 <= E b H [::] (fun w => rho b pi (take t w) ^+ 2 * chi2 b pi (take t w)).
-Proof.
-by apply: E_ge0_reachable => u _ reach; rewrite mulr_ge0 ?sqr_ge0 ?chi2_ge0 // reachable_take.
-Qed.
+Proof. by apply: E_ge0_reachable => u _ reach; rewrite mulr_ge0 ?sqr_ge0 ?chi2_ge0 // reachable_take. Qed.
 
 (* The same from t tokens to u: the gains of the tokens between them add up. *)
 Lemma Var_gains H t u : (t <= u <= H)%N ->
@@ -390,7 +330,7 @@ Theorem claim_1s_strict H t : (t <= H)%N ->
 Proof.
 move=> le_tH; rewrite -subr_gt0.
 have -> : Var b H [::] (rho b pi) = Var b H [::] (fun w => rho b pi (take H w)).
-  by congr (_ - _ ^+ 2); apply: eq_E => u sz_u; rewrite take_oversize // sz_u.
+  by apply: eq_Var => u sz_u; rewrite take_oversize // sz_u.
 rewrite Var_gains ?le_tH ?leqnn //.
 pose gain k s := rho b pi (take k s) ^+ 2 * chi2 b pi (take k s).
 have pos k : 0 < E b H [::] (gain k) <-> exists u, [/\ size u = H, reachable b u & 0 < gain k u].
@@ -405,7 +345,7 @@ split=> [sum_gt0 | [s [/andP[le_ts lt_sH] reach differ]]].
     by apply/(chi2_gt0P b_s); move: gain_gt0; rewrite /gain pmulr_rgt0 // lt_def sqrf_eq0 rho_neq0 sqr_ge0.
   move=> /hasPn none; move: sum_gt0; rewrite big_seq big1 ?ltxx // => k /none.
   by rewrite -leNgt => le0; apply/eqP; rewrite eq_le le0 gain_ge0.
-have b_s := reachable_AC reach.
+have b_s := reachable_AC AC reach.
 rewrite (bigD1_seq (size s)) ?mem_index_iota ?le_ts ?iota_uniq //= ltr_paddr //.
   by rewrite sumr_ge0 // => k _; apply: gain_ge0.
 rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * chi2 b pi s) (ltnW lt_sH)).
@@ -425,7 +365,7 @@ move=> le_tH; have strict := claim_1s_strict le_tH; split=> [eqV s tsH reach a |
   by rewrite -{1}eqV; apply/strict; exists s; split=> //; exists a.
 apply/eqP; rewrite eq_le; apply/andP; split.
   have -> : Var b H [::] (rho b pi) = Var b H [::] (fun w => rho b pi (take H w)).
-    by congr (_ - _ ^+ 2); apply: eq_E => u sz_u; rewrite take_oversize // sz_u.
+    by apply: eq_Var => u sz_u; rewrite take_oversize // sz_u.
   by rewrite claim_1_variance_monotone // le_tH leqnn.
 rewrite leNgt; apply/negP => /strict[s [tsH reach [a]]].
 by rewrite (same s tsH reach) eqxx.
@@ -461,10 +401,10 @@ Theorem claim_1_optimal_corrects w : absolutely_continuous b pi ->
 Proof.
 move=> AC mean f; rewrite (E_split b _ le_tH) (E_prefix pi f le_tH).
 transitivity (E b t [::] (fun s => rho b pi s * f s)).
-  apply: eq_E_reachable => [|s sz_s reach]; first exact: reachable_nil.
+  apply: eq_E_reachable => // s sz_s reach.
   rewrite -mean // mulrC /= -E_scale; apply: eq_E => u _.
   by rewrite -sz_s take_size_cat // mulrC.
-by rewrite change_of_measure ?reachable_nil // rho_nil mul1r.
+by rewrite E_rho_times.
 Qed.
 
 (* Weights with the conditional mean rho_t; by claim_1_optimal all that correct the functions of the first t tokens. *)
@@ -482,7 +422,7 @@ have averaged u : size u = H -> reachable b ([::] ++ u) -> E_given_stat b H (tak
   move=> sz_u reach; have sz : size (take t u) = t by rewrite size_takel ?sz_u.
   by rewrite (E_given_prefix _ le_tH sz) ?mean_w // reachable_take.
 rewrite (Var_stat b H (take t) w f); congr (_ - _ ^+ 2 + _).
-all: by apply: eq_E_reachable => [|u sz_u reach]; rewrite ?reachable_nil ?averaged.
+all: by apply: eq_E_reachable => // u sz_u reach; rewrite averaged.
 Qed.
 
 (* 1.optimal: so no such weight has a smaller variance, whatever it multiplies. *)
@@ -497,14 +437,14 @@ Theorem claim_1_optimal_unique :
   forall u, size u = H -> reachable b u -> w u = rho b pi (take t u).
 Proof.
 have one (X : seq A -> R) : Var b H [::] X = Var b H [::] (fun u => X u * 1).
-  by congr (_ - _ ^+ 2); apply: eq_E => u _; rewrite mulr1.
+  by apply: eq_Var => u _; rewrite mulr1.
 rewrite (one w) (one (fun u => rho b pi (take t u))) (claim_1_optimal_gap (fun=> 1)).
 set V := Var _ _ _ _; split=> [eqV u sz_u reach | same].
   have zero : E b H [::] (fun u => ((w u - rho b pi (take t u)) * 1) ^+ 2) = 0 by apply: (addrI V); rewrite addr0.
-  have := E_eq0_reachable (fun u => sqr_ge0 _) zero sz_u reach.
+  have := E_eq0_reachable (fun u _ _ => sqr_ge0 _) zero sz_u reach.
   by move/eqP; rewrite mulr1 sqrf_eq0 subr_eq0 => /eqP.
 rewrite -[RHS]addr0; congr (_ + _); rewrite -[RHS](E0 b H [::]).
-apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
+apply: eq_E_reachable => // u sz_u reach.
 by rewrite same // subrr mul0r expr0n.
 Qed.
 
@@ -525,10 +465,7 @@ Definition merged_weight c : R :=
 
 Lemma rho_state h : E b H [::] (fun u => rho b pi (take t u) * h (state (take t u))) =
   E pi H [::] (fun u => h (state (take t u))).
-Proof.
-rewrite (E_prefix b (fun s => rho b pi s * h (state s)) le_tH) (E_prefix pi (fun s => h (state s)) le_tH).
-by rewrite change_of_measure ?reachable_nil // rho_nil mul1r.
-Qed.
+Proof. exact: (E_rho_prefix AC le_tH (fun s => h (state s))). Qed.
 
 (* 1.optimal: the merged weight corrects the functions of the state. *)
 Theorem claim_1_optimal_merged_unbiased h :
@@ -549,7 +486,7 @@ have same c : E_given_stat b H (fun u => state (take t u)) w c = merged_weight c
   by rewrite (unbiased (fun d => (d == c)%:R)) -(rho_state (fun d => (d == c)%:R)).
 have -> : Var b H [::] (fun u => merged_weight (state (take t u)) * h (state (take t u))) =
     Var b H [::] (fun u => E_given_stat b H (fun u => state (take t u)) w (state (take t u)) * h (state (take t u))).
-  by congr (_ - _ ^+ 2); apply: eq_E => u _; rewrite same.
+  by apply: eq_Var => u _; rewrite same.
 by rewrite ler_addl E_ge0 // => u; apply: sqr_ge0.
 Qed.
 
@@ -579,27 +516,23 @@ Definition ess t : R := (E b H [::] (fun w => rho b pi (take t w) ^+ 2))^-1.
 (* The largest rho_t of a string that b can write. *)
 Definition largest_weight t : R := \big[Num.max/0]_(s : t.-tuple A | reachable b s) rho b pi s.
 
-Lemma second_moment t : (t <= H)%N ->
-  E b H [::] (fun w => rho b pi (take t w) ^+ 2) = 1 + Var b H [::] (fun w => rho b pi (take t w)).
+Lemma essE t : (t <= H)%N -> ess t = (1 + Var b H [::] (fun w => rho b pi (take t w)))^-1.
 Proof. by move=> le_tH; rewrite /Var (claim_1_martingale AC le_tH) expr1n addrC subrK. Qed.
+
+Lemma one_Var_gt0 (X : seq A -> R) : 0 < 1 + Var b H [::] X.
+Proof. by rewrite ltr_paddr ?Var_ge0 ?ltr01. Qed.
 
 (* 8.population: the second moment is 1 plus the variance, so it never falls, and the effective sample size never
    rises. *)
 Theorem claim_8_population t u : (t <= u <= H)%N -> ess u <= ess t.
 Proof.
-move=> tuH; have /andP[le_tu le_uH] := tuH.
-have m_gt0 k : (k <= H)%N -> 0 < E b H [::] (fun w => rho b pi (take k w) ^+ 2).
-  by move=> le_kH; rewrite second_moment // ltr_paddr ?Var_ge0 ?ltr01.
-rewrite /ess lef_pinv ?posrE ?m_gt0 // ?(leq_trans le_tu) // !second_moment ?(leq_trans le_tu) // ler_add2l.
-exact: claim_1_variance_monotone.
+move=> tuH; have /andP[le_tu le_uH] := tuH; rewrite !essE ?(leq_trans le_tu) // lef_pinv ?posrE ?one_Var_gt0 //.
+by rewrite ler_add2l claim_1_variance_monotone.
 Qed.
 
 (* 8.population: it is never above 1. *)
 Theorem claim_8_population_le1 t : (t <= H)%N -> ess t <= 1.
-Proof.
-move=> le_tH; rewrite invf_le1; first by rewrite second_moment // ler_addl Var_ge0.
-by rewrite second_moment // ltr_paddr ?Var_ge0 ?ltr01.
-Qed.
+Proof. by move=> le_tH; rewrite essE // invf_le1 ?one_Var_gt0 // ler_addl Var_ge0. Qed.
 
 (* A token that b writes and whose ratio is at least 1: the ratios of a history have mean 1. *)
 Lemma ratio_ge1 s : reachable b s -> exists2 a, 0 < b s a & 1 <= ratio b pi s a.
@@ -610,14 +543,14 @@ rewrite negb_exists => /forallP below.
 have gap a : 0 <= b s a - pi s a /\ (0 < b s a -> 0 < b s a - pi s a).
   have -> : b s a - pi s a = b s a * (1 - ratio b pi s a) by rewrite mulrBr mulr1 b_ratio.
   have [-> | neq0] := eqVneq (b s a) 0; first by rewrite mul0r ltxx.
-  have gt0 : 0 < b s a by rewrite lt_def neq0 prob_ge0.
+  have gt0 : 0 < b s a by rewrite prob_gt0.
   have := below a; rewrite gt0 -ltNge /= => lt1.
   by split=> [|_]; rewrite ?pmulr_rge0 ?pmulr_rgt0 // ?subr_ge0 ?subr_gt0 // ltW.
 have sum0 : \sum_a (b s a - pi s a) = 0 by rewrite sumrB !prob_sum1 subrr.
 have none a : b s a = 0.
   have eq0 := @psumr_eq0P _ _ xpredT (fun a => b s a - pi s a) (fun a _ => proj1 (gap a)) sum0 a isT.
   have [// | neq0] := eqVneq (b s a) 0; have := proj2 (gap a).
-  by rewrite lt_def neq0 prob_ge0 eq0 ltxx => /(_ isT).
+  by rewrite prob_gt0 eq0 ltxx => /(_ neq0).
 by have /eqP := prob_sum1 b s; rewrite big1 // eq_sym oner_eq0.
 Qed.
 

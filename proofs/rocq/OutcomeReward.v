@@ -1,14 +1,13 @@
 (* Outcome rewards: what a weight that ends before the string does estimates, and what is unbiased.
 
    The reward is any function of the finished string. The cumulative ratio of the first n tokens makes pi write them and
-   leaves the others to b (Lemma rho_switches). The rest is read off from this: the mean of the cumulative ratio with an
-   outcome, its bias and when there is none; the lookahead weight between the cumulative and the sequence ratio; three
-   estimators without bias (per-decision, doubly robust, performance difference); the bias to first order in the step;
-   and the batch size up to which the biased estimator has the smaller error. *)
+   leaves the others to b (lemma rho_switches of Expectations.v). The rest is read off from this: the mean of the
+   cumulative ratio with an outcome, its bias and when there is none; the lookahead weight between the cumulative and
+   the sequence ratio; three estimators without bias (per-decision, doubly robust, performance difference); the bias to
+   first order in the step; and the batch size up to which the biased estimator has the smaller error. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees Gradients.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Gradients PolicyGradient StopGradient.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -17,20 +16,12 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* Token t + 1 of a string, and what a step is there. *)
-Lemma take_step (R : comRingType) (A : finType) t (w : seq A) : (t < size w)%N ->
-  exists a, take t.+1 w = rcons (take t w) a /\ forall f : seq A -> A -> R, step f t w = f (take t w) a.
-Proof.
-case: w => // x0 w lt_tw; exists (nth x0 (x0 :: w) t).
-by split=> [|f]; [rewrite -take_nth | rewrite /step (drop_nth x0 lt_tw)].
-Qed.
-
-(* --- one policy: steps, scores, the policy gradient, batches ------------------------------------------------------ *)
+(* --- one policy: steps and batches -------------------------------------------------------------------------------- *)
 
 Section OnePolicy.
 
 Variables (R : realFieldType) (A : finType) (H : nat).
-Implicit Types (p q : policy R A) (f g : seq A -> A -> R) (X Y reward : seq A -> R) (s w : seq A).
+Implicit Types (p : policy R A) (f g : seq A -> A -> R) (w : seq A).
 
 Lemma take_string w : size w = H -> take H w = w.
 Proof. by move=> <-; apply: take_size. Qed.
@@ -38,94 +29,12 @@ Proof. by move=> <-; apply: take_size. Qed.
 Lemma step_sub f g t w : step (fun s a => f s a - g s a) t w = step f t w - step g t w.
 Proof. by rewrite /step; case: (drop t w) => [|a v]; rewrite ?subr0. Qed.
 
-(* The sum over the tokens of a finished string and of a prefix of it. *)
-Lemma path_sumE f w : size w = H -> path_sum f w = \sum_(t < H) step f t w.
-Proof. by move=> <-. Qed.
-
+(* The sum over the tokens of a prefix. *)
 Lemma path_sum_so_far f t w : size w = H -> (t < H)%N ->
   path_sum f (take t.+1 w) = \sum_(k < H | (k <= t)%N) step f k w.
 Proof.
 move=> sz_w lt_tH; rewrite path_sum_take ?sz_w //.
 by rewrite (big_ord_widen H (fun k => step f k w) lt_tH).
-Qed.
-
-(* A step after a known past is worth its mean; a score has mean 0, whatever multiplies it from the past. *)
-Lemma E_next p f Y t : (t < H)%N ->
-  E p H [::] (fun w => Y (take t w) * step f t w) = E p t [::] (fun s => Y s * next p s (f s)).
-Proof.
-move=> lt_tH; rewrite (E_split _ _ (ltnW lt_tH)); apply: eq_E => s /= sz_s.
-rewrite -(subnSK lt_tH) /next big_distrr /=; apply: eq_bigr => a _.
-rewrite mulrCA; congr (_ * _); rewrite -[RHS](E_const p (H - t.+1) (rcons s a)).
-apply: eq_E => u _; rewrite -sz_s step_cat ?size_rcons // step_rcons.
-by rewrite cat_rcons take_size_cat.
-Qed.
-
-Lemma score_past p g X t : is_score p g -> (t < H)%N -> (forall w, size w = H -> X (take t w) = X w) ->
-  E p H [::] (fun w => X w * step g t w) = 0.
-Proof.
-move=> score lt_tH past; rewrite -[RHS](E0 p t [::]).
-transitivity (E p H [::] (fun w => X (take t w) * step g t w)).
-  by apply: eq_E => w /past /= ->.
-by rewrite E_next //; apply: eq_E => s _; rewrite score mulr0.
-Qed.
-
-(* If p writes up to token t + 1 and q the rest, the reward is worth Q^q at that token. *)
-Lemma E_action_value p q g reward t : (t < H)%N ->
-  E p t.+1 [::] (fun s => E q (H - t.+1) s (fun w => step g t w * reward w)) =
-  E p H [::] (fun w => step g t w * step (action_value H reward q) t w).
-Proof.
-move=> lt_tH; rewrite [RHS](E_split _ _ lt_tH); apply: eq_E => s /= sz_s.
-have lt_ts : (t < size s)%N by rewrite sz_s.
-have [a [s_a step_a]] := take_step R lt_ts; rewrite take_oversize ?sz_s // in s_a.
-transitivity (step g t s * value H reward q s).
-  by rewrite /value sz_s -E_scale; apply: eq_E => u _; rewrite step_cat.
-rewrite -[LHS](E_const p (H - t.+1) s); apply: eq_E => u _; rewrite !step_cat // !step_a; congr (_ * _).
-by rewrite /action_value -s_a.
-Qed.
-
-(* The derivative of a product is its log-derivative times the product. *)
-Lemma coef0M (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
-Proof. by rewrite coefM big_ord_recl big_ord0 addr0. Qed.
-
-Lemma coef1M (P Q : {poly R}) : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
-Proof. by rewrite coefM !big_ord_recl big_ord0 addr0. Qed.
-
-Lemma coef_moved p g n s X :
-  (E (moved p g) n s (fun w => (X w)%:P))`_0 = E p n s X /\
-  (E (moved p g) n s (fun w => (X w)%:P))`_1 = E p n s (fun w => (path_sum g w - path_sum g s) * X w).
-Proof.
-elim: n s => [|n IHn] s /=; first by rewrite !coefC subrr mul0r.
-have coef0 a : (moved p g s a)`_0 = p s a by rewrite coefD coefC coefZ coefX mulr0 addr0.
-have coef1 a : (moved p g s a)`_1 = p s a * g s a by rewrite coefD coefC coefZ coefX mulr1 add0r.
-rewrite !coef_sum; split; apply: eq_bigr => a _; have [IH0 IH1] := IHn (rcons s a).
-  by rewrite coef0M coef0 IH0.
-rewrite coef1M coef0 coef1 IH0 IH1 -mulrA -mulrDr; congr (_ * _); rewrite -E_scale -E_add.
-by apply: eq_E => u _; rewrite path_sum_rcons; ring.
-Qed.
-
-Lemma gradientE p g reward : gradient p g H reward = E p H [::] (fun w => path_sum g w * reward w).
-Proof.
-rewrite /gradient (coef_moved p g H [::] reward).2; apply: eq_E => w _.
-by rewrite path_sum_nil subr0.
-Qed.
-
-(* The policy-gradient theorem. *)
-Lemma policy_gradient p g reward :
-  gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * step (action_value H reward p) t w).
-Proof.
-rewrite gradientE; transitivity (E p H [::] (fun w => \sum_(t < H) step g t w * reward w)).
-  by apply: eq_E => w sz_w; rewrite (path_sumE _ sz_w) big_distrl.
-by rewrite E_sum; apply: eq_bigr => t _; rewrite -E_action_value // -E_split.
-Qed.
-
-(* The advantages along a string add up to the reward less its mean. *)
-Lemma path_sum_advantage p reward w : size w = H ->
-  path_sum (advantage H reward p) w = reward w - objective H reward p.
-Proof.
-have telescope v : path_sum (advantage H reward p) v = value H reward p v - value H reward p [::].
-  elim/last_ind: v => [|v a IHv]; first by rewrite path_sum_nil subrr.
-  by rewrite path_sum_rcons IHv /advantage /action_value; ring.
-by move=> sz_w; rewrite telescope /value sz_w subnn subn0.
 Qed.
 
 (* The expectation over n independent strings of p. *)
@@ -160,31 +69,15 @@ Implicit Types (g c Qh : seq A -> A -> R) (X Y reward : seq A -> R) (s w : seq A
 
 Local Notation rho := (rho b pi).
 
-(* The weight rho_n makes pi write the first n tokens and leaves the others to b. *)
-Lemma rho_switches n X : (n <= H)%N ->
-  E b H [::] (fun w => rho (take n w) * X w) = E pi n [::] (fun s => E b (H - n) s X).
-Proof.
-move=> le_nH; rewrite (E_split _ _ le_nH) -[RHS]mul1r -(rho_nil b pi) -(change_of_measure AC) ?reachable_nil //.
-by apply: eq_E => s /= sz_s; rewrite -E_scale; apply: eq_E => u _; rewrite -sz_s take_size_cat.
-Qed.
-
-(* So it corrects all that is known once they are written. *)
-Lemma E_rho n X : (n <= H)%N -> (forall w, size w = H -> X (take n w) = X w) ->
-  E b H [::] (fun w => rho (take n w) * X w) = E pi H [::] X.
-Proof.
-move=> le_nH known; transitivity (E b H [::] (fun w => rho (take n w) * X (take n w))).
-  by apply: eq_E => w /known /= ->.
-transitivity (E pi H [::] (fun w => X (take n w))); last by apply: eq_E => w /known.
-rewrite (rho_switches (fun w => X (take n w)) le_nH) E_prefix //; apply: eq_E => s /= sz_s.
-by rewrite -sz_s E_past.
-Qed.
-
 (* 4.expectation, what the cumulative ratio estimates:  E_b[ sum_t rho_t g_t R ] = sum_t E_pi[ g_t Q^b(s_t, a_t) ].
    The weight of a token includes the token's own ratio. Idea: pi writes up to the token, b all that comes after it. *)
 Theorem claim_4_expectation g reward :
   E b H [::] (fun w => \sum_(t < H) rho (take t.+1 w) * (step g t w * reward w)) =
   \sum_(t < H) E pi H [::] (fun w => step g t w * step (action_value H reward b) t w).
-Proof. by rewrite E_sum; apply: eq_bigr => t _; rewrite rho_switches ?E_action_value. Qed.
+Proof.
+rewrite E_sum; apply: eq_bigr => t _; rewrite rho_switches // E_action_value // => w _.
+by rewrite step_take.
+Qed.
 
 (* Its bias:  sum_t E_pi[ g_t (Q^b - Q^pi)(s_t, a_t) ].  The policy-gradient theorem has Q^pi where it has Q^b. *)
 Theorem claim_4_expectation_bias g reward :
@@ -192,7 +85,7 @@ Theorem claim_4_expectation_bias g reward :
   \sum_(t < H) E pi H [::] (fun w =>
     step g t w * step (fun s a => action_value H reward b s a - action_value H reward pi s a) t w).
 Proof.
-rewrite claim_4_expectation policy_gradient -sumrB; apply: eq_bigr => t _.
+rewrite claim_4_expectation policy_gradient_action_value -sumrB; apply: eq_bigr => t _.
 by rewrite -E_sub; apply: eq_E => w _; rewrite step_sub mulrBr.
 Qed.
 
@@ -201,8 +94,9 @@ Theorem claim_4_expectation_last g reward t : t.+1 = H ->
   E b H [::] (fun w => rho (take t.+1 w) * (step g t w * reward w)) =
   E pi H [::] (fun w => step g t w * step (action_value H reward pi) t w).
 Proof.
-move=> last; rewrite rho_switches ?last // -E_action_value -?last // last.
-by apply: eq_E => s _; rewrite subnn.
+move=> last; have lt_tH : (t < H)%N by rewrite last.
+rewrite -E_step_action_value // E_rho_known // => w sz_w.
+by rewrite last (take_string sz_w).
 Qed.
 
 (* A baseline that is known before the token, a constant for one, changes nothing. *)
@@ -213,8 +107,8 @@ Proof.
 move=> score; rewrite !E_sum; apply: eq_bigr => t _; apply/eqP; rewrite -subr_eq0 -E_sub; apply/eqP.
 transitivity (- E b H [::] (fun w => rho (take t.+1 w) * (B (take t w) * step g t w))).
   by rewrite -E_opp; apply: eq_E => w _; ring.
-rewrite E_rho // => [|w _]; last by rewrite take_take ?step_take.
-by rewrite (score_past (X := fun w => B (take t w))) ?oppr0 // => w _; rewrite take_take.
+rewrite E_rho_known // => [|w _]; last by rewrite take_take ?step_take.
+by rewrite (E_centered (ltn_ord t) score) ?oppr0 // => w _; rewrite take_take.
 Qed.
 
 (* Nor does one made of n other strings of the group, in whatever way (leave-one-out: the mean of their rewards), which
@@ -238,10 +132,9 @@ Theorem claim_4_additive g reward : is_score pi g ->
 Proof.
 move=> score flat; apply/eqP; rewrite -subr_eq0 claim_4_expectation_bias big1 // => t _.
 set gap := fun s a => _ - _.
-transitivity (E pi H [::] (fun w => 1 * step (fun s a => g s a * gap s a) t w)).
-  by apply: eq_E => w _; rewrite mul1r /step; case: (drop t _) => [|a v]; rewrite ?mul0r.
-rewrite (E_next _ _ (fun=> 1)) // -[RHS](E0 pi t [::]); apply: (eq_E_reachable (reachable_nil pi)) => s /= sz_s reach.
-rewrite mul1r /next; case: (pickP (fun a => pi s a != 0)) => [a0 a0_neq0 | zero]; last first.
+transitivity (E pi H [::] (step (fun s a => g s a * gap s a) t)); first by apply: eq_E => w _; rewrite step_mul.
+rewrite E_step // -[RHS](E0 pi t [::]); apply: eq_E_reachable => // s /= sz_s reach.
+rewrite /next; case: (pickP (fun a => pi s a != 0)) => [a0 a0_neq0 | zero]; last first.
   by apply: big1 => a _; move/negbFE/eqP: (zero a) => ->; rewrite mul0r.
 transitivity (gap s a0 * next pi s (g s)); last by rewrite score mulr0.
 rewrite big_distrr /=; apply: eq_bigr => a _.
@@ -311,11 +204,7 @@ Qed.
 Theorem claim_4_lookahead_exact N g reward : (H <= N.+1)%N ->
   E b H [::] (fun w => \sum_(t < H) rho (take (minn (t.+1 + N) H) w) * (step g t w * reward w)) =
   gradient pi g H reward.
-Proof.
-move=> le_HN; rewrite E_sum policy_gradient; apply: eq_bigr => t _; rewrite -E_action_value // -E_split //.
-have /minn_idPr -> : (H <= t.+1 + N)%N by rewrite addSn -addnS (leq_trans le_HN) ?leq_addl.
-by rewrite E_rho // => w sz_w; rewrite take_string.
-Qed.
+Proof. by move=> le_HN; rewrite E_sum; apply: claim_T1_grid_outcome. Qed.
 
 (* --- unbiased estimators ------------------------------------------------------------------------------------------ *)
 
@@ -323,12 +212,12 @@ Qed.
 Lemma E_rho_steps g c (t k : 'I_H) : (t <= k)%N ->
   E b H [::] (fun w => rho (take k.+1 w) * (step g t w * step c k w)) =
   E pi H [::] (fun w => step g t w * step c k w).
-Proof. by move=> le_tk; rewrite E_rho // => w _; rewrite !step_take. Qed.
+Proof. by move=> le_tk; apply: E_rho_known => // w _; rewrite !step_take. Qed.
 
 Lemma score_step g c (t k : 'I_H) : is_score pi g -> (k < t)%N ->
   E pi H [::] (fun w => step g t w * step c k w) = 0.
 Proof.
-move=> score lt_kt; rewrite -[RHS](score_past (X := step c k) score (ltn_ord t)) => [|w _]; last exact: step_take.
+move=> score lt_kt; rewrite -[RHS](E_centered (X := step c k) (ltn_ord t) score) => [|w _]; last exact: step_take.
 by apply: eq_E => w _; rewrite mulrC.
 Qed.
 
@@ -350,7 +239,7 @@ Theorem claim_4_per_decision g c : is_score pi g ->
   E b H [::] (fun w => \sum_(t < H) step g t w * (\sum_(k < H | (t <= k)%N) rho (take k.+1 w) * step c k w)) =
   gradient pi g H (path_sum c).
 Proof.
-move=> score; rewrite gradientE (causality _ score) E_sum; apply: eq_bigr => t _.
+move=> score; rewrite policy_gradient (causality _ score) E_sum; apply: eq_bigr => t _.
 transitivity (\sum_(k < H | (t <= k)%N) E b H [::] (fun w => rho (take k.+1 w) * (step g t w * step c k w))).
   by rewrite -E_sum; apply: eq_E => w _; rewrite big_distrr; apply: eq_bigr => k _; rewrite mulrCA.
 by apply: eq_bigr => k le_tk; rewrite E_rho_steps.
@@ -385,19 +274,19 @@ move=> lt_tk; pose V s := next pi s (Qh s); pose Y s := step g t s.
 transitivity (E b H [::] (fun w => rho (take k w) * (step g t w * V (take k w)))
             - E b H [::] (fun w => rho (take k.+1 w) * (step g t w * step Qh k w))).
   by rewrite -E_sub; apply: eq_E => w _; rewrite /V; ring.
-rewrite (E_rho_steps _ _ (ltnW lt_tk)) E_rho ?(ltnW (ltn_ord k)) // => [|w _]; last first.
+rewrite (E_rho_steps _ _ (ltnW lt_tk)) E_rho_known ?(ltnW (ltn_ord k)) // => [|w _]; last first.
   by rewrite step_take // take_take.
 apply/eqP; rewrite subr_eq0; apply/eqP.
 transitivity (E pi H [::] (fun w => (step g t (take k w)) * step Qh k w)); last first.
   by apply: eq_E => w _; rewrite step_take.
-rewrite (E_next _ Qh (step g t)) // -(E_prefix pi (fun s => step g t s * V s) (ltnW (ltn_ord k))).
+rewrite (E_known_step pi (ltn_ord k)) -(E_prefix pi (fun s => step g t s * V s) (ltnW (ltn_ord k))).
 by apply: eq_E => w _; rewrite step_take.
 Qed.
 
 Theorem claim_4_doubly_robust g Qh reward : is_score pi g ->
   E b H [::] (fun w => \sum_(t < H) step g t w * doubly_robust_term Qh reward t w) = gradient pi g H reward.
 Proof.
-move=> score; rewrite E_sum policy_gradient; apply: eq_bigr => t _; rewrite -E_action_value // -E_split //.
+move=> score; rewrite E_sum policy_gradient_steps; apply: eq_bigr => t _.
 pose base w := rho (take t.+1 w) * (next pi (take t w) (Qh (take t w)) * step g t w).
 transitivity (E b H [::] (fun w => rho (take H w) * (step g t w * reward w))
   + \sum_(k < H | (t < k)%N) E b H [::] (fun w =>
@@ -406,9 +295,9 @@ transitivity (E b H [::] (fun w => rho (take H w) * (step g t w * reward w))
   rewrite -E_sum -E_add -E_sub; apply: eq_E => w /= sz_w.
   by rewrite /doubly_robust_term /base -big_distrr /= (take_string sz_w); set corrections := \sum_(k < _ | _) _; ring.
 rewrite big1 ?addr0 => [|k]; last exact: E_correction.
-rewrite E_rho // => [|w sz_w]; last by rewrite (take_string sz_w).
-rewrite /base E_rho // => [|w _]; last by rewrite take_take ?step_take.
-by rewrite (score_past (X := fun w => next pi (take t w) (Qh (take t w)))) ?subr0 // => w _; rewrite take_take.
+rewrite E_rho_known // => [|w sz_w]; last by rewrite (take_string sz_w).
+rewrite /base E_rho_known // => [|w _]; last by rewrite take_take ?step_take.
+by rewrite (E_centered (ltn_ord t) score) ?subr0 // => w _; rewrite take_take.
 Qed.
 
 (* The same with rewards along the way, sum_{k>=t} rho_k c_k in place of rho_H R. *)
@@ -421,9 +310,8 @@ Theorem claim_4_doubly_robust_rewards g c Qh : is_score pi g ->
 Proof.
 move=> score Vh; pose sequence w := \sum_(t < H) step g t w * (rho w * path_sum c w).
 have E_sequence : E b H [::] sequence = gradient pi g H (path_sum c).
-  rewrite gradientE -(E_rho (n := H) (X := fun w => path_sum g w * path_sum c w)) // => [|w sz_w].
-    by apply: eq_E => w sz_w; rewrite /= (take_string sz_w) /sequence -big_distrl -(path_sumE g sz_w) mulrCA.
-  by rewrite (take_string sz_w).
+  rewrite policy_gradient -(E_rho_times AC); apply: eq_E => w sz_w.
+  by rewrite /sequence -big_distrl -(path_sumE g sz_w) mulrCA.
 rewrite -(claim_4_doubly_robust Qh (path_sum c) score) -[LHS](addrK (gradient pi g H (path_sum c))).
 rewrite -{1}E_sequence -(claim_4_per_decision c score) -E_add -E_sub; apply: eq_E => w _ /=.
 rewrite /sequence -big_split -sumrB /=; apply: eq_bigr => t _; rewrite /doubly_robust_term -/(Vh _).
@@ -435,10 +323,9 @@ Theorem claim_4_doubly_robust_exact reward t w : size w = H -> (t < H)%N ->
   doubly_robust_term (action_value H reward pi) reward t w = rho (take t.+1 w) * step (advantage H reward pi) t w.
 Proof.
 move=> sz_w lt_tH; set Q := action_value H reward pi.
-have V s : (size s < H)%N -> next pi s (Q s) = value H reward pi s.
-  by move=> lt_sH; rewrite /value -(subnSK lt_sH) /=; apply: eq_bigr => a _; rewrite /Q /action_value /value size_rcons.
+have V s : (size s < H)%N -> next pi s (Q s) = value H reward pi s by move=> ?; rewrite value_next.
 have stepQ k : (k < H)%N -> step Q k w = value H reward pi (take k.+1 w).
-  by move=> lt_kH; have [|a [-> ->]] := @take_step R A k w; rewrite ?sz_w.
+  by move=> lt_kH; rewrite step_action_value ?sz_w.
 have value_w : value H reward pi (take H w) = reward w by rewrite (take_string sz_w) /value sz_w subnn.
 pose S k := rho (take k w) * value H reward pi (take k w).
 rewrite /doubly_robust_term.
@@ -451,9 +338,7 @@ have -> : \sum_(k < H | (t < k)%N) (rho (take k w) * next pi (take k w) (Q (take
     by move: lt_kt; rewrite ltnS leqNgt lt_tk.
   rewrite big_nat_cond [RHS]big_nat_cond; apply: eq_big => [k | k /andP[/andP[_ lt_kH] _]]; first by case: (t < k)%N.
   by rewrite /S stepQ // V ?opprB // size_takel ?sz_w // ltnW.
-have -> : step (advantage H reward pi) t w = step Q t w - value H reward pi (take t w).
-  by have [|a [_ step_a]] := @take_step R A t w; rewrite ?sz_w // !step_a.
-rewrite V ?size_takel ?sz_w ?(ltnW lt_tH) // stepQ // /S value_w (take_string sz_w); ring.
+rewrite step_advantage ?sz_w // -/Q V ?size_takel ?sz_w ?(ltnW lt_tH) // stepQ // /S value_w (take_string sz_w); ring.
 Qed.
 
 (* Without a critic it is the sequence ratio. *)
@@ -468,30 +353,16 @@ Qed.
 (* The performance difference lemma:  J(pi) - J(b) = E_pi[ sum_t A^b(s_t, a_t) ].  The advantages telescope. *)
 Theorem claim_4_performance_difference_lemma reward :
   objective H reward pi - objective H reward b = E pi H [::] (path_sum (advantage H reward b)).
-Proof.
-rewrite -[objective H reward b](E_const pi H [::]) -E_sub; apply: eq_E => w sz_w.
-by rewrite path_sum_advantage.
-Qed.
+Proof. exact: performance_difference. Qed.
 
 (* 4.performance_difference:  E_b[ sum_t rho_t A^b(s_t, a_t) sum_{k<=t} g_k ] = grad J,  with a critic of b only.
-   Idea: it is the derivative of the lemma; later scores have mean 0 given A^b_t, and a constant less in the reward
-   leaves the gradient. *)
+   Idea: it is the derivative of the lemma, and what 9.behavior_advantage says of the whole product. *)
 Theorem claim_4_performance_difference g reward : is_score pi g ->
   E b H [::] (fun w => \sum_(t < H) rho (take t.+1 w) * (step (advantage H reward b) t w * path_sum g (take t.+1 w))) =
   gradient pi g H reward.
 Proof.
-move=> score; set Ab := advantage H reward b; rewrite E_sum.
-have path_score : E pi H [::] (path_sum g) = 0.
-  transitivity (E pi H [::] (fun w => \sum_(t < H) step g t w)); first by apply: eq_E => w /path_sumE ->.
-  rewrite E_sum big1 // => t _; rewrite -[RHS](score_past (X := fun=> 1) score (ltn_ord t)) //.
-  by apply: eq_E => w _; rewrite mul1r.
-transitivity (E pi H [::] (fun w => path_sum g w * path_sum Ab w)); last first.
-  rewrite gradientE -[RHS]subr0 -(mulr0 (objective H reward b)) -path_score -E_scale -E_sub.
-  by apply: eq_E => w sz_w; rewrite path_sum_advantage //; ring.
-rewrite (causality _ score) (exchange_big_dep xpredT) //=; apply: eq_bigr => k _.
-rewrite E_rho // => [|w _]; last by rewrite step_take // take_take.
-rewrite -E_sum; apply: eq_E => w sz_w; rewrite (path_sum_so_far g sz_w (ltn_ord k)) big_distrr.
-by apply: eq_bigr => t _; rewrite mulrC.
+move=> score; rewrite -(claim_9_behavior_advantage_undetached H reward AC score); apply: eq_E => w /= sz_w.
+by rewrite /undetached sz_w; apply: eq_bigr => t _; rewrite mulrA.
 Qed.
 
 (* --- the batch size at which bias costs more than it saves -------------------------------------------------------- *)
@@ -585,9 +456,6 @@ Definition bias_along weight : {poly R} :=
   E bp H [::] (fun w => \sum_(t < H) weight t w * (step y t w * (reward w)%:P)) -
   E target H [::] (fun w => path_sum y w * (reward w)%:P).
 
-Lemma coef_E n s (X : seq A -> {poly R}) i : (E bp n s X)`_i = E b n s (fun w => (X w)`_i).
-Proof. by elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _; rewrite coefCM IHn. Qed.
-
 Lemma E_target n s (X : seq A -> {poly R}) :
   path_prod r s * E target n s X = E bp n s (fun w => path_prod r w * X w).
 Proof.
@@ -602,15 +470,12 @@ apply/eqP; rewrite subr_eq0 -[E target _ _ _]mul1r -(path_prod_nil r) E_target; 
 by apply: eq_E => w sz_w; rewrite /= -big_distrr -big_distrl /path_sum sz_w.
 Qed.
 
-Lemma coef_step (f : seq A -> A -> {poly R}) (h : seq A -> A -> R) i t w :
-  (forall s a, (f s a)`_i = h s a) -> (step f t w)`_i = step h t w.
-Proof. by move=> coefs; rewrite /step; case: (drop t w) => [|a v]; rewrite ?coef0. Qed.
+Lemma coef_step_x (f : seq A -> A -> {poly R}) i t w :
+  (forall s a, (f s a)`_i = x s a) -> (step f t w)`_i = step x t w.
+Proof. by move=> coefs; rewrite coef_step /step; case: drop. Qed.
 
-Lemma coef_path_prod w : (path_prod r w)`_0 = 1 /\ (path_prod r w)`_1 = path_sum x w.
-Proof.
-elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite path_prod_nil path_sum_nil !coefC.
-by rewrite path_prod_rcons path_sum_rcons coef0M coef1M IH0 IH1 r_0 r_1 !mul1r mulr1 addrC.
-Qed.
+Lemma coef_rho w : (path_prod r w)`_0 = 1 /\ (path_prod r w)`_1 = path_sum x w.
+Proof. by apply: coef_path_prod. Qed.
 
 (* 4.first_order, for weights 1 + eps m_t + ...: the bias along the step is
      eps sum_t E_b[ (m_t - sum_k x_k) x_t R ] + ...
@@ -628,12 +493,12 @@ have -> : bias_along weight - bias_along (fun _ w => path_prod r w) =
   rewrite /bias_along opprB addrA subrK -E_sub; apply: eq_E => w _.
   by rewrite -sumrB; apply: eq_bigr => t _; rewrite mulrBl.
 have gap_0 (t : 'I_H) w : size w = H -> (weight t w - path_prod r w)`_0 = 0.
-  by move=> sz_w; rewrite coefB weight_0 // (coef_path_prod w).1 subrr.
+  by move=> sz_w; rewrite coefB weight_0 // (coef_rho w).1 subrr.
 rewrite !coef_E; split.
   rewrite -[RHS](E0 b H [::]); apply: eq_E => w sz_w; rewrite coef_sum big1 // => t _.
   by rewrite coef0M gap_0 ?mul0r.
 rewrite -E_sum; apply: eq_E => w sz_w; rewrite coef_sum; apply: eq_bigr => t _.
-by rewrite coef1M gap_0 // mul0r add0r coefB weight_1 // (coef_path_prod w).2 coefMC (coef_step _ _ y_0).
+by rewrite coef1M gap_0 // mul0r add0r coefB weight_1 // (coef_rho w).2 coefMC (coef_step_x _ _ y_0).
 Qed.
 
 (* Pairs of tokens: the past of each, its future, and itself. *)
@@ -660,8 +525,8 @@ Qed.
 Theorem claim_4_first_order_cumulative : (bias_along (fun t w => path_prod r (take t.+1 w)))`_1 = - S1.
 Proof.
 have [||_ ->] := @claim_4_first_order (fun t w => path_prod r (take t.+1 w)) (fun t w => path_sum x (take t.+1 w)).
-- by move=> t w _; apply: (coef_path_prod _).1.
-- by move=> t w _; apply: (coef_path_prod _).2.
+- by move=> t w _; apply: (coef_rho _).1.
+- by move=> t w _; apply: (coef_rho _).2.
 rewrite -later_pairs -sumrN; apply: eq_bigr => t _; rewrite -E_sum -E_opp; apply: eq_E => w sz_w.
 rewrite (path_sum_so_far x sz_w (ltn_ord t)) (path_sumE x sz_w).
 rewrite [X in _ - X](bigID (fun k : 'I_H => (k <= t)%N)) /= opprD addrA subrr.
@@ -675,7 +540,7 @@ Proof.
 have [||_ ->] := @claim_4_first_order (fun t w => step r t w) (step x).
 - move=> t w sz_w; have [|a [_ ->]] := @take_step [comRingType of {poly R}] A t w; first by rewrite sz_w.
   exact: r_0.
-- by move=> t w _; apply: coef_step.
+- by move=> t w _; apply: coef_step_x.
 have -> : 2%:R * S1 = 2%:R * S1 + D - D by rewrite addrK.
 rewrite -all_pairs /D -sumrB -sumrN; apply: eq_bigr => t _; rewrite -E_sub -E_opp; apply: eq_E => w _.
 by ring.
@@ -703,7 +568,7 @@ have power n (P : {poly R}) : P`_0 = 1 -> (P ^+ n)`_0 = 1 /\ (P ^+ n)`_1 = n%:R 
 have [||_ ->] := @claim_4_first_order (fun _ w => root w) (fun _ w => path_sum x w / H%:R).
 - by move=> t w /root_0.
 - move=> t w sz_w; have [_ root_H] := power H _ (root_0 w sz_w).
-  by rewrite -(coef_path_prod w).2 -root_1 // root_H mulrAC divff ?mul1r.
+  by rewrite -(coef_rho w).2 -root_1 // root_H mulrAC divff ?mul1r.
 rewrite -all_pairs big_distrr -sumrN; apply: eq_bigr => t _ /=; rewrite -E_scale -E_opp; apply: eq_E => w _.
 by field.
 Qed.
@@ -715,6 +580,6 @@ Theorem claim_4_first_order_baseline (R : realFieldType) (A : finType) (b : poli
   is_score b x -> S1 b H (fun w => reward w - c) x = S1 b H reward x.
 Proof.
 move=> score; apply: eq_bigr => t _; apply: eq_bigr => k lt_kt.
-rewrite -[RHS]subr0 -(mulr0 c) -(score_past (X := step x k) score (ltn_ord t)) => [|w _]; last exact: step_take.
+rewrite -[RHS]subr0 -(mulr0 c) -(E_centered (X := step x k) (ltn_ord t) score) => [|w _]; last exact: step_take.
 by rewrite -E_scale -E_sub; apply: eq_E => w _; ring.
 Qed.

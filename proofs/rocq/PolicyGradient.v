@@ -6,9 +6,8 @@
    its expectation under b (3.prop1), the token ratio has another one (3.token, 3.surrogate), and the length-normalized
    ratio is an expectation under a policy between b and pi (3.gspo). Last, what of the paper's Table 1 is a theorem. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees Gradients.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Gradients SummedGradient.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -103,67 +102,6 @@ Qed.
 
 End Softmax.
 
-(* --- conditional expectations ------------------------------------------------------------------------------------- *)
-
-Section Conditioning.
-
-Variables (R : comRingType) (A : finType) (p : seq A -> A -> R).
-Implicit Types (f g : seq A -> A -> R) (X Y : seq A -> R).
-
-(* What is known after t tokens comes out of the conditional expectation of the rest. *)
-Lemma E_condition H t X Y : (t <= H)%N ->
-  E p H [::] (fun w => X (take t w) * Y w) = E p t [::] (fun s => X s * E p (H - t) s Y).
-Proof.
-move=> le_tH; rewrite (E_split _ _ le_tH); apply: eq_E => s /= sz_s.
-by rewrite -(E_known p (H - t) s X Y) sz_s.
-Qed.
-
-(* The last of t + 1 tokens. *)
-Lemma E_last t X : E p t.+1 [::] X = E p t [::] (fun s => next p s (fun a => X (rcons s a))).
-Proof. by rewrite -addn1 E_tower. Qed.
-
-(* A function of token t + 1 times anything: condition on that token. *)
-Lemma E_step H t f Y : (t < H)%N ->
-  E p H [::] (fun w => step f t w * Y w) =
-    E p t [::] (fun s => next p s (fun a => f s a * E p (H - t.+1) (rcons s a) Y)).
-Proof.
-move=> lt_tH; transitivity (E p H [::] (fun w => step f t (take t.+1 w) * Y w)).
-  by apply: eq_E => w _ /=; rewrite step_take.
-rewrite E_condition // E_last; apply: eq_E => s /= sz_s.
-by apply: eq_bigr => a _; rewrite -sz_s step_rcons.
-Qed.
-
-(* Two functions of token t + 1. *)
-Lemma step_mul f g t w : step f t w * step g t w = step (fun s a => f s a * g s a) t w.
-Proof. by rewrite /step; case: (drop t w) => [|a _]; rewrite ?mulr0. Qed.
-
-End Conditioning.
-
-Section ConditioningUnderPolicy.
-
-Variables (R : realFieldType) (A : finType) (p : policy R A).
-Implicit Types (f : seq A -> A -> R) (X : seq A -> R).
-
-(* A function of token t + 1, and of the tokens before it. *)
-Lemma E_step_known H t f X : (t < H)%N ->
-  E p H [::] (fun w => step f t w * X (take t w)) = E p t [::] (fun s => next p s (f s) * X s).
-Proof.
-move=> lt_tH; rewrite E_step //; apply: eq_E => s /= sz_s.
-rewrite /next big_distrl; apply: eq_bigr => a _ /=; rewrite -mulrA; congr (_ * (_ * _)).
-rewrite -[RHS](E_const p (H - t.+1) (rcons s a)); apply: eq_E => u _.
-by rewrite cat_rcons -sz_s take_size_cat.
-Qed.
-
-(* Terms with mean 0 given the past stay so when multiplied by what is known: no baseline changes an expectation. *)
-Lemma E_centered H t f X : (t < H)%N -> (forall s, size s = t -> next p s (f s) = 0) ->
-  E p H [::] (fun w => step f t w * X (take t w)) = 0.
-Proof.
-move=> lt_tH f0; rewrite E_step_known // -[RHS](E0 p t [::]); apply: eq_E => s sz_s.
-by rewrite /= f0 // mul0r.
-Qed.
-
-End ConditioningUnderPolicy.
-
 (* --- the policy-gradient theorem ---------------------------------------------------------------------------------- *)
 
 Section PolicyGradient.
@@ -171,23 +109,11 @@ Section PolicyGradient.
 Variables (R : realFieldType) (A : finType) (p : policy R A) (g : seq A -> A -> R).
 Implicit Types (s w : seq A) (X : seq A -> {poly R}).
 
-Lemma coef0M (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
-Proof. by rewrite coefM big_ord_recr big_ord0 /= add0r. Qed.
-
-Lemma coef1M (P Q : {poly R}) : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
-Proof. by rewrite coefM !big_ord_recr big_ord0 /= add0r. Qed.
-
-Lemma coef0_moved s a : (moved p g s a)`_0 = p s a.
-Proof. by rewrite coefD coefC coefZ coefX mulr0 addr0. Qed.
-
-Lemma coef1_moved s a : (moved p g s a)`_1 = p s a * g s a.
-Proof. by rewrite coefD coefC coefZ coefX mulr1 add0r. Qed.
-
 (* Expectations of polynomials: the value at eps = 0, and the derivative by the product rule along the string. *)
 Lemma coef0_E n s X : (E (moved p g) n s X)`_0 = E p n s (fun w => (X w)`_0).
 Proof.
 elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _.
-by rewrite coef0M IHn coef0_moved.
+by rewrite coef0M IHn (coef_moved p g s a).1.
 Qed.
 
 Lemma coef1_E n s X :
@@ -195,7 +121,7 @@ Lemma coef1_E n s X :
 Proof.
 elim: n s => [|n IHn] s /=; first by rewrite subrr mul0r addr0.
 rewrite coef_sum; apply: eq_bigr => a _.
-rewrite coef1M IHn coef0_E coef0_moved coef1_moved -mulrA -mulrDr; congr (_ * _).
+rewrite coef1M IHn coef0_E (coef_moved p g s a).1 (coef_moved p g s a).2 -mulrA -mulrDr; congr (_ * _).
 rewrite -E_scale -E_add; apply: eq_E => u _; rewrite path_sum_rcons /=; ring.
 Qed.
 
@@ -209,23 +135,15 @@ Qed.
 Lemma policy_gradient_steps H reward :
   gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * reward w).
 Proof.
-rewrite policy_gradient -E_sum; apply: eq_E => w /= sz_w.
-by rewrite /path_sum sz_w big_distrl.
+rewrite policy_gradient -E_sum; apply: eq_E => w sz_w.
+by rewrite (path_sumE g sz_w) big_distrl.
 Qed.
 
 (* The reward of the string may be replaced by its conditional expectation, the action value (any g). *)
 Lemma E_step_action_value H t reward : (t < H)%N ->
   E p H [::] (fun w => step g t w * reward w) =
     E p H [::] (fun w => step g t w * step (action_value H reward p) t w).
-Proof.
-move=> lt_tH; transitivity (E p t [::] (fun s => next p s (fun a => g s a * action_value H reward p s a))).
-  rewrite E_step //; apply: eq_E => s /= sz_s; apply: eq_bigr => a _.
-  by rewrite /action_value /value size_rcons sz_s.
-transitivity (E p H [::] (fun w => step (fun s a => g s a * action_value H reward p s a) t w * 1)).
-  rewrite (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _ /=.
-  by rewrite mulr1.
-by apply: eq_E => w _; rewrite mulr1 step_mul.
-Qed.
+Proof. by move=> lt_tH; rewrite -E_action_value // -?E_split // => w _; rewrite step_take. Qed.
 
 Lemma policy_gradient_action_value H reward :
   gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * step (action_value H reward p) t w).
@@ -237,17 +155,14 @@ Hypothesis score : is_score p g.
 Lemma E_baseline H t (B : seq A -> R) Y : (t < H)%N ->
   E p H [::] (fun w => step g t w * (Y w - B (take t w))) = E p H [::] (fun w => step g t w * Y w).
 Proof.
-move=> lt_tH; rewrite -[RHS]subr0 -(E_centered B lt_tH (fun s _ => score s)) -E_sub.
-by apply: eq_E => w _; rewrite mulrBr.
+move=> lt_tH; rewrite -[RHS]subr0 -(E_centered (X := fun w => B (take t w)) lt_tH score) => [|w _].
+  by rewrite -E_sub; apply: eq_E => w _; rewrite mulrBr [_ * B _]mulrC.
+by rewrite take_take.
 Qed.
 
 Lemma policy_gradient_baseline H reward (B : nat -> seq A -> R) :
   gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * (reward w - B t (take t w))).
 Proof. by rewrite policy_gradient_steps; apply: eq_bigr => t _; rewrite E_baseline. Qed.
-
-Lemma step_advantage H reward t w : (t < size w)%N ->
-  step (advantage H reward p) t w = step (action_value H reward p) t w - value H reward p (take t w).
-Proof. by rewrite /step -subn_gt0 -size_drop; case: (drop t w). Qed.
 
 Lemma policy_gradient_advantage H reward :
   gradient p g H reward = \sum_(t < H) E p H [::] (fun w => step g t w * step (advantage H reward p) t w).
@@ -267,31 +182,11 @@ Variables (R : realFieldType) (A : finType) (b pi : policy R A).
 Hypothesis AC : absolutely_continuous b pi.
 Implicit Types (f g : seq A -> A -> R) (X : seq A -> R).
 
-(* Once every factor up to token m is there, later factors of the ratio do not matter. *)
-Lemma E_rho H m n X : (m <= n <= H)%N ->
-  E b H [::] (fun w => rho b pi (take n w) * X (take m w)) = E pi H [::] (fun w => X (take m w)).
-Proof.
-move=> /andP[le_mn le_nH].
-transitivity (E b H [::] (fun w => (fun s => rho b pi s * X (take m s)) (take n w))).
-  by apply: eq_E => w _ /=; rewrite take_take.
-rewrite (E_prefix b (fun s => rho b pi s * X (take m s)) le_nH) change_of_measure ?reachable_nil //.
-rewrite rho_nil mul1r -(E_prefix pi _ le_nH).
-by apply: eq_E => w _ /=; rewrite take_take.
-Qed.
-
-Lemma E_rho_step H t n f : (t < n <= H)%N ->
-  E b H [::] (fun w => rho b pi (take n w) * step f t w) = E pi H [::] (step f t).
-Proof.
-move=> lt_tnH; have := E_rho (step f t) lt_tnH.
-rewrite (eq_E _ (Y := fun w => rho b pi (take n w) * step f t w)) => [->|w _]; last by rewrite /= step_take.
-by apply: eq_E => w _ /=; rewrite step_take.
-Qed.
-
 (* Prop 1: E_b[rho_t f] = E_pi[f] for every function f of the first t tokens; g_t A_t is one, whatever A_t does with
    those tokens. Change of measure on the first t tokens; the rest of the string sums to 1. *)
 Theorem claim_3_prop1 H t X : (t <= H)%N ->
   E b H [::] (fun w => rho b pi (take t w) * X (take t w)) = E pi H [::] (fun w => X (take t w)).
-Proof. by move=> le_tH; rewrite E_rho ?leqnn. Qed.
+Proof. by move=> le_tH; apply: E_rho_prefix. Qed.
 
 (* The lookahead ratio reaches N tokens beyond the one that it weighs: N = 0 is the cumulative ratio, N >= H - 1 the
    sequence ratio rho_H. *)
@@ -307,8 +202,8 @@ Theorem claim_T1_grid_target_advantage H N reward g : is_score pi g ->
     rho b pi (take (reach H N t) w) * (step g t w * step (advantage H reward pi) t w)) = gradient pi g H reward.
 Proof.
 move=> score; rewrite policy_gradient_advantage //; apply: eq_bigr => t _.
-rewrite -[RHS](eq_E _ (fun w _ => esym (step_mul _ _ _ _))) -(E_rho_step _ (lt_reach N (ltn_ord t))).
-by apply: eq_E => w _; rewrite step_mul.
+have /andP[lt_t le_H] := lt_reach N (ltn_ord t).
+by apply: E_rho_known => // w _; rewrite !step_take.
 Qed.
 
 (* T1.grid, outcome reward: a weight that reaches to the end gives it for the reward itself, whatever the reward. *)
@@ -318,8 +213,7 @@ Theorem claim_T1_grid_outcome H N reward g : (H <= N.+1)%N ->
 Proof.
 move=> le_HN; rewrite policy_gradient_steps; apply: eq_bigr => t _.
 have -> : reach H N t = H by apply/minn_idPr; apply: leq_trans le_HN _; rewrite addSn ltnS leq_addl.
-rewrite -[RHS]mul1r -(rho_nil b pi) -change_of_measure ?reachable_nil //.
-by apply: eq_E => w /= sz_w; rewrite [take H w]take_oversize ?sz_w.
+by rewrite E_rho_known // => w /= sz_w; rewrite [take H w]take_oversize ?sz_w.
 Qed.
 
 (* Prop 1, summed: with the exact advantage of the target policy the cumulative ratio gives the policy gradient. *)
@@ -339,12 +233,7 @@ Theorem claim_3_prop1_action_value H reward g (B : nat -> seq A -> R) : is_score
 Proof.
 move=> score; rewrite policy_gradient_action_value; apply: eq_bigr => t _.
 rewrite -(E_baseline score (B t)) //.
-pose f s a := g s a * (action_value H reward pi s a - B t s).
-have eqf w : size w = H -> step g t w * (step (action_value H reward pi) t w - B t (take t w)) = step f t w.
-  move=> sz_w; have := ltn_ord t; rewrite -[X in (_ < X)%N]sz_w -subn_gt0 -size_drop /step.
-  by case: (drop t w).
-rewrite -[RHS](eq_E _ (fun w sz_w => esym (eqf w sz_w))) -(@E_rho_step H t t.+1) ?leqnn ?ltn_ord //.
-by apply: eq_E => w sz_w; rewrite /= eqf.
+by apply: E_rho_known => // w _; rewrite !step_take ?take_take.
 Qed.
 
 (* --- T1: the sequence ratio, and the order of the variances ------------------------------------------------------- *)
@@ -359,109 +248,47 @@ have -> : reach H H t = H by apply/minn_idPr; rewrite leq_addl.
 by apply: eq_E => w /= sz_w; rewrite [take H w]take_oversize ?sz_w.
 Qed.
 
-(* Given the first t tokens rho_H^2 is rho_t^2 at least: its conditional mean is rho_t. *)
-Lemma rho_sqr_le H t s : (t <= H)%N -> size s = t -> reachable b s ->
-  rho b pi s ^+ 2 <= E b (H - t) s (fun w => rho b pi w ^+ 2).
-Proof.
-move=> le_tH sz_s reach_s; have := Var_ge0 b (H - t) s (rho b pi); rewrite /Var subr_ge0.
-suff -> : E b (H - t) s (rho b pi) = rho b pi s by [].
-rewrite -[RHS]mulr1 -[X in _ * X](E_const pi (H - t) s) -change_of_measure //.
-by apply: eq_E => w _; rewrite mulr1.
-Qed.
-
-Lemma E_rho_sqr_le H t X : (t <= H)%N -> (forall s, 0 <= X s) ->
-  E b H [::] (fun w => rho b pi (take t w) ^+ 2 * X (take t w)) <=
-    E b H [::] (fun w => rho b pi w ^+ 2 * X (take t w)).
-Proof.
-move=> le_tH X_ge0; rewrite (E_prefix b (fun s => rho b pi s ^+ 2 * X s) le_tH).
-rewrite [X in _ <= X](eq_E _ (Y := fun w => X (take t w) * rho b pi w ^+ 2)) => [|w _]; last by rewrite mulrC.
-rewrite E_condition // -subr_ge0 -E_sub.
-rewrite (eq_E_reachable (b := b) (Y := fun s => `|X s * (E b (H - t) s (fun w => rho b pi w ^+ 2) - rho b pi s ^+ 2)|)).
-- by apply: E_ge0 => s; apply: normr_ge0.
-- exact: reachable_nil.
-move=> s /= sz_s reach_s; rewrite ger0_norm; first by rewrite mulrBr [X in _ - X]mulrC.
-by rewrite mulr_ge0 // subr_ge0 rho_sqr_le.
-Qed.
-
 (* T1, variance of one token's term: the cumulative ratio's is no larger than the sequence ratio's. *)
 Theorem claim_T1_variance_term H t X : (t <= H)%N ->
   Var b H [::] (fun w => rho b pi (take t w) * X (take t w)) <= Var b H [::] (fun w => rho b pi w * X (take t w)).
-Proof.
-move=> le_tH; rewrite /Var claim_3_prop1 //.
-have -> : E b H [::] (fun w => rho b pi w * X (take t w)) = E pi H [::] (fun w => X (take t w)).
-  rewrite -(@E_rho H t H) ?le_tH ?leqnn //; apply: eq_E => w /= sz_w.
-  by rewrite [take H w]take_oversize ?sz_w.
-rewrite ler_add2r.
-rewrite (eq_E _ (Y := fun w => rho b pi (take t w) ^+ 2 * X (take t w) ^+ 2)) => [|w _]; last by rewrite exprMn.
-rewrite [X in _ <= X](eq_E _ (Y := fun w => rho b pi w ^+ 2 * X (take t w) ^+ 2)) => [|w _]; last by rewrite exprMn.
-by apply: (E_rho_sqr_le (X := fun s => X s ^+ 2)) => // s; apply: sqr_ge0.
-Qed.
+Proof. by move=> le_tH; apply: Var_rho_le. Qed.
 
 End CumulativeRatio.
 
 (* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for
-   each position or prefix) the cross terms drop out of the trace: the order of the terms is the order of the sums. *)
+   each position or prefix) the cross terms drop out of the trace, as claim_5_orthogonal says of any orthogonal terms. *)
 Section SummedVariance.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (I : finType) (g : I -> seq A -> A -> R) (H : nat).
 Hypothesis AC : absolutely_continuous b pi.
-Implicit Types (f : seq A -> A -> R) (W : nat -> seq A -> R).
+Implicit Type f : seq A -> A -> R.
 
 Definition orthogonal_scores := forall w, size w = H -> forall t u : nat, (t < u < H)%N ->
   \sum_(i : I) step (g i) t w * step (g i) u w = 0.
 
 Hypothesis orthogonal : orthogonal_scores.
 
-Lemma second_moment_orthogonal W f :
-  \sum_(i : I) E b H [::] (fun w => (\sum_(t < H) W t w * (step (g i) t w * step f t w)) ^+ 2) =
-  \sum_(t < H) E b H [::] (fun w => W t w ^+ 2 * \sum_(i : I) (step (g i) t w * step f t w) ^+ 2).
-Proof.
-rewrite -!E_sum; apply: eq_E => w /= sz_w.
-transitivity (\sum_(t < H) \sum_(u < H)
-  W t w * step f t w * (W u w * step f u w) * \sum_i step (g i) t w * step (g i) u w).
-  under [LHS]eq_bigr => i _ do rewrite expr2 big_distrlr.
-  rewrite [LHS]exchange_big; apply: eq_bigr => t _; rewrite [LHS]exchange_big; apply: eq_bigr => u _ /=.
-  by rewrite big_distrr; apply: eq_bigr => i _ /=; ring.
-apply: eq_bigr => t _; rewrite (bigD1 t) //= [X in _ + X]big1 => [|u neq_ut].
-  by rewrite addr0 !big_distrr; apply: eq_bigr => i _ /=; ring.
-have [lt_tu | lt_ut | eq_tu] := ltngtP t u.
-- by rewrite orthogonal ?mulr0 // lt_tu ltn_ord.
-- under eq_bigr => i _ do rewrite mulrC.
-  by rewrite orthogonal ?mulr0 // lt_ut ltn_ord.
-by rewrite (val_inj eq_tu) eqxx in neq_ut.
-Qed.
-
 Theorem claim_T1_variance_sum f :
   trace_var b H [::] (fun i w => \sum_(t < H) rho b pi (take t.+1 w) * (step (g i) t w * step f t w)) <=
   trace_var b H [::] (fun i w => \sum_(t < H) rho b pi w * (step (g i) t w * step f t w)).
 Proof.
-rewrite /trace_var /Var !big_split /= (second_moment_orthogonal (fun t w => rho b pi (take t.+1 w))).
-rewrite (second_moment_orthogonal (fun=> rho b pi)); apply: ler_add; last first.
-  rewrite le_eqVlt; apply/predU1P; left; apply: eq_bigr => i _; congr (- _ ^+ 2); rewrite !E_sum; apply: eq_bigr => t _.
-  transitivity (E pi H [::] (step (fun s a => g i s a * f s a) t)).
-    rewrite -(@E_rho_step _ _ _ _ AC H t t.+1) ?leqnn ?ltn_ord //.
-    by apply: eq_E => w _; rewrite step_mul.
-  rewrite -(@E_rho_step _ _ _ _ AC H t H) ?leqnn ?ltn_ord //.
-  by apply: eq_E => w /= sz_w; rewrite step_mul [take H w]take_oversize ?sz_w.
-apply: ler_sum => t _.
-pose X s := \sum_i (step (g i) t s * step f t s) ^+ 2.
-have eqX w : \sum_i (step (g i) t w * step f t w) ^+ 2 = X (take t.+1 w).
-  by apply: eq_bigr => i _; rewrite !step_take.
-rewrite (eq_E _ (Y := fun w => rho b pi (take t.+1 w) ^+ 2 * X (take t.+1 w))) => [|w _]; last by rewrite eqX.
-rewrite [X in _ <= X](eq_E _ (Y := fun w => rho b pi w ^+ 2 * X (take t.+1 w))) => [|w _]; last by rewrite eqX.
-by apply: E_rho_sqr_le => // s; apply: sumr_ge0 => i _; apply: sqr_ge0.
+pose F i s a := g i s a * f s a.
+have prefix : trace_var b H [::] (fun i => prefix_weighted (rho b pi) (F i)) = trace_var b H [::] (fun i w =>
+    \sum_(t < H) rho b pi (take t.+1 w) * (step (g i) t w * step f t w)).
+  apply: eq_bigr => i _; apply: eq_Var => w /= sz_w.
+  by rewrite /prefix_weighted sz_w; apply: eq_bigr => t _; rewrite step_mul.
+have sequence : trace_var b H [::] (fun i => sequence_weighted (rho b pi) (F i)) = trace_var b H [::] (fun i w =>
+    \sum_(t < H) rho b pi w * (step (g i) t w * step f t w)).
+  apply: eq_bigr => i _; apply: eq_Var => w /= sz_w.
+  by rewrite /sequence_weighted (path_sumE _ sz_w) big_distrr; apply: eq_bigr => t _; rewrite step_mul.
+rewrite -prefix -sequence; apply: claim_5_orthogonal => // t u w sz_w _ lt_tH lt_uH.
+have dotE k l : dot F k l w = (\sum_i step (g i) k w * step (g i) l w) * (step f k w * step f l w).
+  by rewrite /dot big_distrl; apply: eq_bigr => i _; rewrite -!step_mul mulrACA.
+rewrite dotE neq_ltn => /orP[lt_tu | lt_ut]; first by rewrite orthogonal ?lt_tu ?mul0r.
+by under eq_bigr do rewrite mulrC; rewrite orthogonal ?lt_ut ?mul0r.
 Qed.
 
 End SummedVariance.
-
-(* Softmax scores at histories with different logits are orthogonal. *)
-Lemma softmax_score_orthogonal (R : realFieldType) (A : finType) (p : policy R A) (K : eqType) (key : seq A -> K)
-    k a' s s' x y :
-  key s != key s' -> softmax_score p key k a' s x * softmax_score p key k a' s' y = 0.
-Proof.
-rewrite /softmax_score => neq; case: (key s =P k) => [<- | _]; last by rewrite !mul0r.
-by rewrite [key s' == _]eq_sym (negbTE neq) mul0r mulr0.
-Qed.
 
 (* --- claims 3.token and 3.surrogate: the token ratio -------------------------------------------------------------- *)
 
@@ -472,16 +299,13 @@ Variable g : seq A -> A -> R.
 Hypothesis AC : absolutely_continuous b pi.
 Implicit Types (f : seq A -> A -> R) (X Y : seq A -> R).
 
-Definition Cov n s X Y : R := E b n s (fun w => X w * Y w) - E b n s X * E b n s Y.
-
 (* What the token ratio computes: the history from b, the token from pi. *)
 Theorem claim_3_token t f : (t < H)%N ->
   E b H [::] (fun w => step (ratio b pi) t w * step f t w) = E b t [::] (fun s => next pi s (f s)).
 Proof.
-move=> lt_tH; transitivity (E b H [::] (fun w => step (fun s a => ratio b pi s a * f s a) t w * 1)).
-  by apply: eq_E => w _; rewrite mulr1 step_mul.
-rewrite (E_step_known _ _ (fun=> 1)) //; apply: (@eq_E_reachable _ _ b); first exact: reachable_nil.
-by move=> s _ reach_s /=; rewrite mulr1 next_ratio.
+move=> lt_tH; transitivity (E b H [::] (step (fun s a => ratio b pi s a * f s a) t)).
+  by apply: eq_E => w _; rewrite step_mul.
+by rewrite E_step //; apply: eq_E_reachable => // s _ reach_s; rewrite /= next_ratio.
 Qed.
 
 (* G(s) = sum_a pi(a|s) g(a|s) A^pi(s, a), what a history adds to the policy gradient. *)
@@ -495,10 +319,8 @@ Proof.
 move=> score; rewrite policy_gradient_advantage // -sumrB; apply: eq_bigr => t _; congr (_ - _).
   rewrite -[RHS](claim_3_token (fun s a => g s a * advantage H reward pi s a)) //.
   by apply: eq_E => w _; rewrite step_mul.
-transitivity (E pi H [::] (fun w => step (fun s a => g s a * advantage H reward pi s a) t w * 1)).
-  by apply: eq_E => w _; rewrite mulr1 step_mul.
-rewrite (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _.
-by rewrite /= mulr1.
+transitivity (E pi H [::] (step (fun s a => g s a * advantage H reward pi s a) t)); last by rewrite E_step.
+by apply: eq_E => w _; rewrite step_mul.
 Qed.
 
 (* The same bias as a sum over histories, (P_b(s) - P_pi(s)) G(s). *)
@@ -508,21 +330,16 @@ Theorem claim_3_token_bias_histories : is_score pi g ->
   \sum_(t < H) \sum_(s : t.-tuple A) (string_prob b s - string_prob pi s) * mean_score s.
 Proof.
 move=> score; rewrite claim_3_token_bias //; apply: eq_bigr => t _.
-have E_strings (p : policy R A) X : E p t [::] X = \sum_(s : t.-tuple A) string_prob p s * X s.
-  by rewrite E_big; apply: eq_bigr => s _; rewrite /string_prob /path_prod size_tuple.
 by rewrite !E_strings -sumrB; apply: eq_bigr => s _; rewrite mulrBl.
 Qed.
 
 (* And as covariances under b: the token ratio leaves out rho of the history, whose mean is 1. *)
 Theorem claim_3_token_bias_covariance : is_score pi g ->
   \sum_(t < H) E b H [::] (fun w => step (ratio b pi) t w * (step g t w * step (advantage H reward pi) t w))
-    - gradient pi g H reward = - \sum_(t < H) Cov t [::] (rho b pi) mean_score.
+    - gradient pi g H reward = - \sum_(t < H) Cov b t [::] (rho b pi) mean_score.
 Proof.
 move=> score; rewrite claim_3_token_bias // -sumrN; apply: eq_bigr => t _.
-have rho1 : E b t [::] (rho b pi) = 1.
-  rewrite -[RHS](E_const pi t [::]) -[RHS]mul1r -(rho_nil b pi) -change_of_measure ?reachable_nil //.
-  by apply: eq_E => w _; rewrite /= rho_nil mulr1.
-by rewrite /Cov change_of_measure ?reachable_nil // rho1 rho_nil !mul1r opprB.
+by rewrite /Cov E_rho_times // E_rho // rho_nil mul1r opprB.
 Qed.
 
 (* The CPI/TRPO surrogate, up to its constant J(b): b writes the history, the moving policy q the token, and the token
@@ -530,19 +347,12 @@ Qed.
 Definition surrogate (q : seq A -> A -> {poly R}) : {poly R} :=
   \sum_(t < H) E (fun s a => (b s a)%:P) t [::] (fun s => next q s (fun a => (advantage H reward b s a)%:P)).
 
-Lemma coef_E_fixed n s (X : seq A -> {poly R}) i :
-  (E (fun s a => (b s a)%:P) n s X)`_i = E b n s (fun w => (X w)`_i).
-Proof.
-elim: n s => //= n IHn s; rewrite coef_sum; apply: eq_bigr => a _.
-by rewrite coefCM IHn.
-Qed.
-
 Lemma surrogate_slope : (surrogate (moved pi g))`_1 =
   \sum_(t < H) E b t [::] (fun s => next pi s (fun a => g s a * advantage H reward b s a)).
 Proof.
-rewrite coef_sum; apply: eq_bigr => t _; rewrite coef_E_fixed; apply: eq_E => s _.
+rewrite coef_sum; apply: eq_bigr => t _; rewrite coef_E; apply: eq_E => s _.
 rewrite coef_sum; apply: eq_bigr => a _.
-by rewrite coefMC coef1_moved mulrA.
+by rewrite coefMC (coef_moved _ _ _ _).2 mulrA.
 Qed.
 
 (* With A^b the token ratio gives the derivative of the surrogate, exactly. *)
@@ -563,8 +373,7 @@ Proof.
 move=> score; rewrite surrogate_slope; apply: eq_bigr => t _.
 transitivity (E b H [::] (fun w => step (fun s a => ratio b pi s a * g s a) t w * reward w)).
   by apply: eq_E => w _; rewrite mulrA step_mul.
-rewrite E_step //; apply: (@eq_E_reachable _ _ b); first exact: reachable_nil.
-move=> s /= sz_s reach_s.
+rewrite E_step_times //; apply: eq_E_reachable => // s /= sz_s reach_s.
 rewrite -[RHS]addr0 -(mulr0 (value H reward b s)) -(score s) /next big_distrr -big_split.
 apply: eq_bigr => a _ /=; rewrite -(b_ratio AC a reach_s) /advantage /action_value /value size_rcons sz_s; ring.
 Qed.
@@ -574,10 +383,10 @@ Theorem claim_3_surrogate_on_policy (h : seq A -> A -> R) : is_score b h ->
   (surrogate (moved b h))`_1 = gradient b h H reward.
 Proof.
 move=> score; rewrite policy_gradient_advantage // coef_sum; apply: eq_bigr => t _.
-transitivity (E b H [::] (fun w => step (fun s a => h s a * advantage H reward b s a) t w * 1)); last first.
-  by apply: eq_E => w _; rewrite mulr1 step_mul.
-rewrite coef_E_fixed (E_step_known _ _ (fun=> 1)) //; apply: eq_E => s _ /=.
-by rewrite mulr1 coef_sum; apply: eq_bigr => a _; rewrite coefMC coef1_moved mulrA.
+transitivity (E b H [::] (step (fun s a => h s a * advantage H reward b s a) t)); last first.
+  by apply: eq_E => w _; rewrite step_mul.
+rewrite coef_E E_step //; apply: eq_E => s _ /=.
+by rewrite coef_sum; apply: eq_bigr => a _; rewrite coefMC (coef_moved _ _ _ _).2 mulrA.
 Qed.
 
 End TokenRatio.
@@ -595,27 +404,16 @@ rewrite -subr_ge0; apply: le_trans IHm _; rewrite le_eqVlt; apply/predU1P; left.
 by rewrite [x ^+ m.+2]exprS; ring.
 Qed.
 
-(* Under (AC) pi writes no string that b never writes. *)
-Lemma string_prob0 (R : realFieldType) (A : finType) (b pi : policy R A) s : absolutely_continuous b pi ->
-  string_prob b s = 0 -> string_prob pi s = 0.
-Proof.
-move=> AC; elim/last_ind: s => [|s a IHs]; first by rewrite string_prob_nil => /eqP; rewrite oner_eq0.
-rewrite !string_prob_rcons; have := string_prob_ge0 b s; rewrite le_eqVlt => /predU1P[s0 _ | reach_s /eqP].
-  by rewrite IHs // mul0r.
-by rewrite mulf_eq0 (negbTE (lt0r_neq0 reach_s)) /= => /eqP a0; rewrite (AC _ _ reach_s a0) mulr0.
-Qed.
-
 (* Ratios that are 1 on every finished string are 1 all along: the policies agree wherever b can get to. *)
 Lemma rho1_same (R : realFieldType) (A : finType) (b pi : policy R A) H s a : absolutely_continuous b pi ->
   (forall w, size w = H -> reachable b w -> rho b pi w = 1) ->
   (size s < H)%N -> reachable b s -> pi s a = b s a.
 Proof.
 move=> AC rho1; have all1 u : (size u <= H)%N -> reachable b u -> rho b pi u = 1.
-  move=> le_uH reach_u; rewrite -[LHS]mulr1 -[X in _ * X](E_const pi (H - size u) u) -change_of_measure //.
-  rewrite -[RHS](E_const b (H - size u) u); apply: (@eq_E_reachable _ _ b) => // v sz_v reach_v.
-  by rewrite mulr1 rho1 // size_cat sz_v subnKC.
+  move=> le_uH reach_u; rewrite -(E_rho AC (H - size u) reach_u) -[RHS](E_const b (H - size u) u).
+  by apply: eq_E_reachable => // v sz_v reach_v; rewrite rho1 // size_cat sz_v subnKC.
 move=> lt_sH reach_s; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 (AC _ _ reach_s a0).
-have reach_a : reachable b (rcons s a) by rewrite reachable_rcons reach_s lt_def a_neq0 prob_ge0.
+have reach_a : reachable b (rcons s a) by rewrite reachable_rcons reach_s prob_gt0.
 have := all1 (rcons s a); rewrite size_rcons rho_rcons (all1 s (ltnW lt_sH)) // mul1r => /(_ lt_sH reach_a).
 by rewrite /ratio => /(congr1 ( *%R^~ (b s a))); rewrite divfK // mul1r.
 Qed.
@@ -635,33 +433,13 @@ Implicit Types (X : seq A -> R).
 Definition scale : R := E b H [::] root.
 Definition tilted w : R := string_prob b w * root w / scale.
 
-Lemma E_norm X : (forall w, size w = H -> 0 <= X w) -> E b H [::] X = E b H [::] (fun w => `|X w|).
-Proof. by move=> X_ge0; apply: eq_E => w sz_w; rewrite ger0_norm ?X_ge0. Qed.
-
-Lemma E_eq0_reachable X : (forall w, size w = H -> 0 <= X w) -> E b H [::] X = 0 ->
-  forall w, size w = H -> reachable b w -> X w = 0.
-Proof.
-move=> X_ge0; rewrite E_norm // => EX0 w sz_w reach_w; apply/eqP; rewrite -normr_eq0; apply/eqP.
-apply: (E_eq0 (p := b) (n := H) (s := [::]) (X := fun w => `|X w|)) => //.
-by move: reach_w; rewrite /reachable /string_prob /path_prod sz_w.
-Qed.
-
-Lemma E_rho1 : E b H [::] (rho b pi) = 1.
-Proof.
-rewrite (eq_E _ (Y := fun w => rho b pi w * 1)) => [|w _]; last by rewrite mulr1.
-by rewrite (change_of_measure AC _ (fun=> 1)) ?reachable_nil // rho_nil E_const mulr1.
-Qed.
-
 Lemma scale_gt0 : 0 < scale.
 Proof.
-rewrite lt_def {2}/scale E_norm // E_ge0 // andbT; apply/eqP => Z0.
-suff : E b H [::] (rho b pi) = 0 by rewrite E_rho1 => /eqP; rewrite oner_eq0.
-rewrite -[RHS](E0 b H [::]); apply: eq_E_reachable => [|w sz_w reach_w]; first exact: reachable_nil.
-by rewrite -root_power // (E_eq0_reachable root_ge0 Z0) // expr0n eqn0Ngt H_gt0.
+rewrite lt_def E_ge0_reachable => [|w sz_w _]; last exact: root_ge0.
+rewrite andbT; apply/eqP => Z0; suff : E b H [::] (rho b pi) = 0 by rewrite E_rho // rho_nil => /eqP; rewrite oner_eq0.
+rewrite -[RHS](E0 b H [::]); apply: eq_E_reachable => // w sz_w reach_w.
+by rewrite -root_power // (E_eq0_reachable (fun w sz_w _ => root_ge0 sz_w) Z0) // expr0n eqn0Ngt H_gt0.
 Qed.
-
-Lemma E_strings X : E b H [::] X = \sum_(w : H.-tuple A) string_prob b w * X w.
-Proof. by rewrite E_big; apply: eq_bigr => w _; rewrite /string_prob /path_prod size_tuple. Qed.
 
 (* The weight rho_H^(1/H) gives Z E_q[X] for every function X of the string. *)
 Theorem claim_3_gspo X :
@@ -693,12 +471,12 @@ have -> : scale * tilted w = string_prob b w * root w.
 have expr_pred x : x ^+ H = x ^+ H.-1 * x by rewrite -exprSr prednK.
 rewrite exprMn root_power ?size_tuple // expr_pred -mulrA; congr (_ * _).
 have [reach_w | ] := boolP (reachable b w); first by rewrite rho_string_prob // mulrC divfK // lt0r_neq0.
-by rewrite /reachable lt_def string_prob_ge0 andbT negbK => /eqP b0; rewrite b0 mul0r (string_prob0 AC b0).
+by move=> none; rewrite (unreachable none) mul0r (@unreachable _ _ pi) // (contra _ none) //; apply: reachable_AC.
 Qed.
 
 (* Z <= 1: H rho^(1/H) <= H - 1 + rho by Bernoulli's inequality, and E_b rho = 1. *)
 Lemma E_gap : E b H [::] (fun w => rho b pi w - 1 - H%:R * (root w - 1)) = H%:R * (1 - scale).
-Proof. by rewrite !E_sub E_scale E_sub !E_const E_rho1 subrr sub0r -mulrN opprB. Qed.
+Proof. by rewrite !E_sub E_scale E_sub !E_const E_rho // rho_nil subrr sub0r -mulrN opprB. Qed.
 
 Lemma gap_ge w : size w = H -> H.-1%:R * (root w - 1) ^+ 2 <= rho b pi w - 1 - H%:R * (root w - 1).
 Proof.
@@ -706,13 +484,13 @@ move=> sz_w; rewrite -root_power // -[in X in _ <= X](prednK H_gt0).
 by apply: bernoulli; rewrite root_ge0.
 Qed.
 
-Lemma gap_ge0 w : size w = H -> 0 <= rho b pi w - 1 - H%:R * (root w - 1).
-Proof. by move=> sz_w; apply: le_trans (gap_ge sz_w); rewrite mulr_ge0 ?ler0n ?sqr_ge0. Qed.
+Lemma gap_ge0 w : size w = H -> reachable b w -> 0 <= rho b pi w - 1 - H%:R * (root w - 1).
+Proof. by move=> sz_w _; apply: le_trans (gap_ge sz_w); rewrite mulr_ge0 ?ler0n ?sqr_ge0. Qed.
 
 Theorem claim_3_gspo_scale : scale <= 1.
 Proof.
-rewrite -subr_ge0 -(pmulr_rge0 _ (_ : 0 < H%:R)) ?ltr0n // -E_gap E_norm; last exact: gap_ge0.
-by apply: E_ge0 => w; apply: normr_ge0.
+rewrite -subr_ge0 -(pmulr_rge0 _ (_ : 0 < H%:R)) ?ltr0n // -E_gap.
+exact: E_ge0_reachable gap_ge0.
 Qed.
 
 (* Z < 1 as soon as there are two tokens and the policies differ somewhere that b can get to. *)

@@ -5,9 +5,8 @@
    The second moment is compounded by the divergence chi2 averaged under b tilted by rho^2. The product formula averages
    it under b, which is the same thing only if rho^2 and chi2 are uncorrelated. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Coins.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -16,41 +15,15 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- expectations, token by token --------------------------------------------------------------------------------- *)
+(* --- chapter 2: how the second moment compounds ------------------------------------------------------------------- *)
 
-Section Tokens.
-
-Variables (R : realFieldType) (A : finType) (p : policy R A).
-Implicit Types (s w : seq A) (X Y : seq A -> R).
-
-Definition Cov n s X Y := E p n s (fun w => X w * Y w) - E p n s X * E p n s Y.
-
-Lemma E_last n s X : E p n.+1 s X = E p n s (fun u => next p u (fun a => X (rcons u a))).
-Proof. by rewrite -addn1 E_tower. Qed.
-
-Lemma E_first n s X : E p n.+1 s X = \sum_(a : A) p s a * E p n (rcons s a) X.
-Proof. by []. Qed.
-
-(* A function of the history of token k + 1 and of f at that token. *)
-Lemma E_step H k (f : seq A -> A -> R) (G : seq A -> R -> R) : (k < H)%N ->
-  E p H [::] (fun w => G (take k w) (step f k w)) = E p k [::] (fun s => next p s (fun a => G s (f s a))).
-Proof.
-move=> lt_kH; transitivity (E p k.+1 [::] (fun w => G (take k w) (step f k w))).
-  rewrite -(E_prefix p (fun w => G (take k w) (step f k w)) lt_kH).
-  by apply: eq_E => u _; rewrite take_take ?leqnSn // step_take.
-rewrite E_last; apply: eq_E => s /= sz_s; apply: eq_bigr => a _.
-by rewrite -sz_s step_rcons -cats1 take_size_cat.
-Qed.
-
-Lemma next_const s c : next p s (fun=> c) = c.
+(* The mean of a token: constants. *)
+Lemma next_const (R : realFieldType) (A : finType) (p : policy R A) s c : next p s (fun=> c) = c.
 Proof. by rewrite /next -big_distrl /= prob_sum1 mul1r. Qed.
 
-Lemma next_scale s c (f : A -> R) : next p s (fun a => c * f a) = c * next p s f.
+Lemma next_scale (R : comRingType) (A : finType) (p : seq A -> A -> R) s c f :
+  next p s (fun a => c * f a) = c * next p s f.
 Proof. by rewrite /next big_distrr /=; apply: eq_bigr => a _; rewrite mulrCA. Qed.
-
-End Tokens.
-
-(* --- chapter 2: how the second moment compounds ------------------------------------------------------------------- *)
 
 Section SecondMoments.
 
@@ -65,24 +38,13 @@ Definition second_moment t : R := E b t [::] (fun s => rho s ^+ 2).
 Definition chi2_marginal t : R := E b t [::] chi2.
 Definition chi2_tilted t : R := E b t [::] (fun s => rho s ^+ 2 * chi2 s) / second_moment t.
 
-Lemma next_ratio_sqr s : next b s (fun a => ratio s a ^+ 2) = 1 + chi2 s.
-Proof.
-rewrite addrC subrK; apply: eq_bigr => a _; rewrite /Trees.ratio.
-have [-> | a_neq0] := eqVneq (b s a) 0; first by rewrite mul0r invr0 mulr0.
-by field.
-Qed.
-
 Lemma second_moment0 : second_moment 0 = 1.
 Proof. by rewrite /second_moment /= rho_nil expr1n. Qed.
 
 (* What a token adds to the second moment. *)
 Theorem claim_2_recursion_increment t :
   second_moment t.+1 = second_moment t + E b t [::] (fun s => rho s ^+ 2 * chi2 s).
-Proof.
-rewrite /second_moment E_last -E_add; apply: eq_E => s _ /=.
-rewrite -{1}[rho s ^+ 2]mulr1 -mulrDr -next_ratio_sqr -next_scale.
-by apply: eq_bigr => a _; rewrite rho_rcons exprMn.
-Qed.
+Proof. exact: E_rho_sqr_last. Qed.
 
 (* Where chi2 = c at every history to come, tokens multiply the second moment by 1 + c. *)
 Lemma second_moment_from n s c :
@@ -99,19 +61,8 @@ Section Correct.
 
 Hypothesis AC : absolutely_continuous b pi.
 
-Lemma E_rho t : E b t [::] rho = 1.
-Proof.
-transitivity (E b t [::] (fun w => rho w * 1)); first by apply: eq_E => u _; rewrite mulr1.
-by rewrite (change_of_measure AC) ?reachable_nil // E_const rho_nil mulr1.
-Qed.
-
-Lemma Var_rho H t : (t <= H)%N -> Var b H [::] (fun w => rho (take t w)) = second_moment t - 1.
-Proof.
-by move=> le_tH; rewrite /Var (E_prefix b (fun s => rho s ^+ 2)) // (E_prefix b rho) // E_rho expr1n.
-Qed.
-
 Lemma second_moment_ge1 t : 1 <= second_moment t.
-Proof. by rewrite -subr_ge0 -(Var_rho (leqnn t)) Var_ge0. Qed.
+Proof. by rewrite -subr_ge0 -(Var_rho AC (leqnn t)) Var_ge0. Qed.
 
 Lemma second_moment_neq0 t : second_moment t != 0.
 Proof. by rewrite gt_eqF // (lt_le_trans ltr01) // second_moment_ge1. Qed.
@@ -131,7 +82,7 @@ Qed.
 
 Lemma E_ratio_sqr H k : (k < H)%N -> E b H [::] (fun w => step ratio k w ^+ 2) = 1 + chi2_marginal k.
 Proof.
-move=> lt_kH; rewrite (E_step b ratio (fun _ x => x ^+ 2)) // -{1}(E_const b k [::] 1) -E_add.
+move=> lt_kH; rewrite (E_token b lt_kH ratio (fun _ x => x ^+ 2)) -{1}(E_const b k [::] 1) -E_add.
 by apply: eq_E => s _; apply: next_ratio_sqr.
 Qed.
 
@@ -139,9 +90,8 @@ Qed.
 Lemma E_known_ratio H k (Y : seq A -> R) : (k < H)%N ->
   E b H [::] (fun w => Y (take k w) * step ratio k w) = E b k [::] Y.
 Proof.
-move=> lt_kH; rewrite (E_step b ratio (fun s x => Y s * x)) //.
-apply: eq_E_reachable; rewrite ?reachable_nil // => s _ reach.
-rewrite next_scale -[RHS]mulr1; congr (_ * _); rewrite -(next_const pi s 1) -(next_ratio AC _ reach).
+move=> lt_kH; rewrite E_known_step //; apply: eq_E_reachable => // s _ reach.
+rewrite -[RHS]mulr1; congr (_ * _); rewrite -(next_const pi s 1) -(next_ratio AC _ reach).
 by apply: eq_bigr => a _; rewrite mulr1.
 Qed.
 
@@ -176,11 +126,12 @@ Theorem claim_2_product_iff T :
 Proof.
 have -> : (forall t, (t <= T)%N -> Var b T [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1) <->
           (forall t, (t <= T)%N -> second_moment t = \prod_(k < t) (1 + chi2_marginal k)).
-  split=> formula t le_tT; first by apply: (addIr (- 1)); rewrite -formula // Var_rho.
-  by rewrite Var_rho // formula.
+  split=> formula t le_tT; first by apply: (addIr (- 1)); rewrite -formula // (Var_rho AC).
+  by rewrite (Var_rho AC) // -/(second_moment t) formula.
 have covE k : Cov b k [::] (fun s => rho s ^+ 2) chi2 =
     second_moment k.+1 - second_moment k * (1 + chi2_marginal k).
-  by rewrite claim_2_recursion_increment /Cov -/(second_moment k) -/(chi2_marginal k); ring.
+  rewrite claim_2_recursion_increment /Cov -/(second_moment k) -/(chi2_marginal k).
+  by rewrite mulrDr mulr1 opprD addrA [second_moment k + _]addrC addrK.
 split=> [formula k lt_kT | cov0 t].
   by rewrite covE !formula ?(ltnW lt_kT) // big_ord_recr subrr.
 elim: t => [_|t IHt lt_tT]; first by rewrite second_moment0 big_ord0.
@@ -194,11 +145,11 @@ Theorem claim_2_product H t : (t <= H)%N ->
   (forall s s', reachable b s -> reachable b s' -> size s = size s' -> chi2 s = chi2 s') ->
   Var b H [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1.
 Proof.
-move=> le_tH same; rewrite Var_rho // -(Var_rho (leqnn t)).
+move=> le_tH same; rewrite (Var_rho AC le_tH) -(Var_rho AC (leqnn t)).
 apply: (claim_2_product_iff t).2 => // k _; rewrite /Cov mulrC -E_scale.
-apply/eqP; rewrite subr_eq0; apply/eqP; apply: eq_E_reachable; rewrite ?reachable_nil // => s sz_s reach.
+apply/eqP; rewrite subr_eq0; apply/eqP; apply: eq_E_reachable => // s sz_s reach.
 rewrite mulrC; congr (_ * _); rewrite -[LHS](E_const b k [::]).
-by apply: eq_E_reachable; rewrite ?reachable_nil // => s' sz_s' reach'; apply: same; rewrite ?sz_s ?sz_s'.
+by apply: eq_E_reachable => // s' sz_s' reach'; apply: same; rewrite ?sz_s ?sz_s'.
 Qed.
 
 (* It is enough that chi2 = c_k after the histories of k tokens that pi can write: no others have any weight. *)
@@ -206,14 +157,12 @@ Theorem claim_2_product_reachable H t (c : nat -> R) : (t <= H)%N ->
   (forall s, reachable pi s -> chi2 s = c (size s)) ->
   Var b H [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + c k) - 1.
 Proof.
-move=> le_tH chi2c; rewrite Var_rho //; congr (_ - 1).
+move=> le_tH chi2c; rewrite (Var_rho AC le_tH) -/(second_moment t); congr (_ - 1).
 elim: t {le_tH} => [|t IHt]; first by rewrite second_moment0 big_ord0.
 rewrite claim_2_recursion_increment big_ord_recr -IHt /= mulrDr mulr1 [_ * c t]mulrC -E_scale.
-congr (_ + _); apply: eq_E_reachable; rewrite ?reachable_nil // => s sz_s reach.
+congr (_ + _); apply: eq_E_reachable => // s sz_s reach.
 have [reach_pi | ] := boolP (reachable pi s); first by rewrite mulrC chi2c ?sz_s.
-rewrite /reachable -leNgt => prob_le0; rewrite (rho_string_prob pi reach).
-have /eqP -> : string_prob pi s == 0 by rewrite eq_le prob_le0 string_prob_ge0.
-by rewrite !mul0r expr0n mulr0 mul0r.
+by move=> /unreachable zero; rewrite (rho_string_prob pi reach) zero !mul0r expr0n mulr0 mul0r.
 Qed.
 
 (* The ratios of the tokens are independent: the mean of a product of functions of one ratio each is the product of
@@ -225,8 +174,8 @@ Definition independent_ratios H := forall phi : nat -> R -> R,
 Theorem claim_2_product_independent H t : (t <= H)%N -> independent_ratios H ->
   Var b H [::] (fun w => rho (take t w)) = \prod_(k < t) (1 + chi2_marginal k) - 1.
 Proof.
-move=> le_tH indep; rewrite Var_rho //; congr (_ - 1).
-rewrite /second_moment -(E_prefix b (fun s => rho s ^+ 2) le_tH).
+move=> le_tH indep; rewrite (Var_rho AC le_tH); congr (_ - 1).
+rewrite -(E_prefix b (fun s => rho s ^+ 2) le_tH).
 transitivity (E b H [::] (fun w => \prod_(k < H) (if (k < t)%N then step ratio k w ^+ 2 else 1))).
   apply: eq_E => w sz_w; rewrite -big_mkcond -(big_ord_widen _ (fun k => step ratio k w ^+ 2)) // prodrXl.
   by congr (_ ^+ 2); apply: path_prod_take; rewrite sz_w.
@@ -246,14 +195,14 @@ set X := fun w => \prod_(k < H) phi k (step ratio k w).
 transitivity (E b H.+1 [::] (fun w => X (take H w) * phi H (step ratio H w))).
   apply: eq_E => w _; rewrite big_ord_recr; congr (_ * _).
   by apply: eq_bigr => k _; rewrite step_take.
-rewrite big_ord_recr (E_step b ratio (fun s x => X s * phi H x)) // (E_step b ratio (fun _ x => phi H x)) //.
+rewrite big_ord_recr (E_token b _ ratio (fun s x => X s * phi H x)) // (E_token b _ ratio (fun _ x => phi H x)) //.
 set c := E b H [::] (fun s => next b s (fun a => phi H (ratio s a))).
 transitivity (E b H [::] (fun s => c * X s)).
   apply: eq_E => s /= sz_s; rewrite next_scale mulrC; congr (_ * _); rewrite -[LHS](E_const b H [::]).
   apply: eq_E => s' /= sz_s'; apply: eq_bigr => a _.
   by have [eq_b eq_pi] := free s s' a (etrans sz_s (esym sz_s')); rewrite /Trees.ratio eq_b eq_pi.
 rewrite E_scale mulrC IHH; congr (_ * _); apply: eq_bigr => k _.
-by rewrite !(E_step b ratio (fun _ x => phi k x)) // ltnS ltnW.
+by rewrite !(E_token b _ ratio (fun _ x => phi k x)) // ltnS ltnW.
 Qed.
 
 (* The dynamic program, for policies that see the history through a state: the second moment is the mass of a measure on
@@ -302,48 +251,25 @@ End SecondMoments.
 
 (* --- 2.general: how far the product formula can be off ------------------------------------------------------------ *)
 
-(* Binary tokens: the probability of a, if that of 1 is x. *)
-Definition coin (R : realFieldType) (x : R) (a : bool) : R := if a then x else 1 - x.
-
-Lemma coin_ge0 (R : realFieldType) (x : R) a : 0 <= x <= 1 -> 0 <= coin x a.
-Proof. by case/andP=> x_ge0 x_le1; case: a => //=; rewrite subr_ge0. Qed.
-
-Lemma coin_sum1 (R : realFieldType) (x : R) : \sum_(a : bool) coin x a = 1.
-Proof. by rewrite big_bool /= addrC subrK. Qed.
-
-Lemma half01 (R : realFieldType) : 0 <= (2%:R^-1 : R) <= 1.
-Proof. by rewrite invr_ge0 ler0n invf_le1 ?ltr0n // ler1n. Qed.
-
-Definition coin_flips (R : realFieldType) : policy R bool_finType :=
-  Policy (fun _ a => coin_ge0 a (half01 R)) (fun _ => coin_sum1 _).
-
 Section TwoKinds.
 
 Variables (R : realFieldType) (q : R).
 Hypothesis q01 : 0 <= q <= 1.
-Local Notation coin_flips := (coin_flips R).
 
 (* Against b = 1/2, a target that writes a first 1 with probability q and then a 1 with 3/4 for good; after a first 0 it
    writes what b writes. *)
-Definition hot_or_cold (s : seq bool) : R := if s is a :: _ then if a then 3%:R / 4%:R else 2%:R^-1 else q.
+Definition coin_flips := coins (fun=> half01 R).
+Definition hot_target := coins (hot_or_cold01 q01 (fraction01 R (isT : 3 <= 4)%N)).
 
-Lemma hot_or_cold01 s : 0 <= hot_or_cold s <= 1.
-Proof.
-case: s => [|[] s] //=; last exact: half01.
-by rewrite divr_ge0 ?ler0n // ler_pdivr_mulr ?ltr0n // mul1r ler_nat.
-Qed.
-
-Definition hot_target : policy R bool_finType := Policy (fun s a => coin_ge0 a (hot_or_cold01 s)) (fun=> coin_sum1 _).
-
-Lemma chi2_coin_flips s : chi2 coin_flips hot_target s = (2%:R * hot_or_cold s - 1) ^+ 2.
-Proof. by rewrite /chi2 big_bool /=; field. Qed.
+Lemma chi2_coin_flips s : chi2 coin_flips hot_target s = (2%:R * hot_or_cold q (3%:R / 4%:R) s - 1) ^+ 2.
+Proof. by rewrite /chi2 big_bool /= /coin; field. Qed.
 
 (* The second moment, and what the product formula says that it is: half of b's strings have chi2 = 1/4 at every token
    after the first. *)
 Theorem claim_2_general_true t : second_moment coin_flips hot_target t.+1 =
   2%:R * (q ^+ 2 * (5%:R / 4%:R) ^+ t + (1 - q) ^+ 2).
 Proof.
-rewrite /second_moment E_first big_bool.
+rewrite /second_moment E_first /next big_bool.
 rewrite (@second_moment_from _ _ _ _ t [:: true] 4%:R^-1) => [|u]; last by rewrite chi2_coin_flips /=; field.
 rewrite (@second_moment_from _ _ _ _ t [:: false] 0) => [|u]; last by rewrite chi2_coin_flips /=; field.
 rewrite -[[:: true]]/(rcons [::] true) -[[:: false]]/(rcons [::] false) !rho_rcons !rho_nil /ratio /=.
@@ -357,7 +283,7 @@ Proof.
 rewrite big_ord_recl; congr (_ * _).
   by rewrite /chi2_marginal [E _ _ _ _]chi2_coin_flips /=; ring.
 rewrite (eq_bigr (fun=> 9%:R / 8%:R)) ?prodr_const ?card_ord // => k _.
-rewrite /chi2_marginal E_first big_bool.
+rewrite /chi2_marginal E_first /next big_bool.
 have known a n : E coin_flips n [:: a] (chi2 coin_flips hot_target) = chi2 coin_flips hot_target [:: a].
   by rewrite -[RHS](E_const coin_flips n [:: a]); apply: eq_E => u _; rewrite !chi2_coin_flips.
 by rewrite !known !chi2_coin_flips /=; field.
@@ -414,9 +340,7 @@ Lemma geometric_gt0 y n : 1 <= y -> (0 < n)%N -> 0 < geometric y n.
 Proof. by move=> y_ge1 n_gt0; apply: lt_le_trans (geometric_ge _ y_ge1); rewrite ltr0n. Qed.
 
 Lemma variance_ratio_geometric d H t : 0 < d -> variance_ratio d H t = geometric (1 + d) H / geometric (1 + d) t.
-Proof.
-by move=> d_gt0; rewrite /variance_ratio !subrX1 [1 + d]addrC addrK -mulf_div divff ?mul1r ?gt_eqF.
-Qed.
+Proof. by move=> d_gt0; rewrite /variance_ratio !subrX1 [1 + d]addrC addrK -mulf_div divff ?mul1r ?gt_eqF. Qed.
 
 Lemma geometric_le y n t : 1 <= y -> (t <= n)%N -> geometric y t <= t%:R * y ^+ n.
 Proof.
@@ -546,17 +470,10 @@ Section ThreePolicies.
 Variables (R : realFieldType) (A : finType) (mu b pi : policy R A).
 Implicit Types (s w : seq A) (f X : seq A -> R).
 
-Lemma reachable_ac (p q : policy R A) s : absolutely_continuous p q -> reachable q s -> reachable p s.
-Proof.
-move=> ac; elim/last_ind: s => [|s a IHs]; first by rewrite !reachable_nil.
-rewrite !reachable_rcons => /andP[/IHs reach q_gt0]; rewrite reach lt_def prob_ge0 andbT.
-by apply: contraL q_gt0 => /eqP/(ac _ _ reach) ->; rewrite ltxx.
-Qed.
-
 (* The ratio of q over p turns an expectation under q into one under p. *)
 Lemma E_correct (p q : policy R A) n X : absolutely_continuous p q ->
   E q n [::] X = E p n [::] (fun w => rho p q w * X w).
-Proof. by move=> ac; rewrite (change_of_measure ac) ?reachable_nil // rho_nil mul1r. Qed.
+Proof. by move=> ac; rewrite (E_rho_times ac). Qed.
 
 Section Corrected.
 
@@ -566,68 +483,35 @@ Hypotheses (AC_mu : absolutely_continuous mu b) (AC_b : absolutely_continuous b 
 (* For samples of mu, the ratio of the whole string b/mu times rho_t = pi/b is unbiased for what is known at token t, *)
 Theorem claim_11_prefix_sequence H t f : (t <= H)%N ->
   E mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))) = E pi H [::] (fun w => f (take t w)).
-Proof.
-move=> le_tH; rewrite (change_of_measure AC_mu _ (fun w => rho b pi (take t w) * f (take t w))) ?reachable_nil //.
-rewrite rho_nil mul1r (E_prefix b (fun s => rho b pi s * f s)) // (change_of_measure AC_b) ?reachable_nil //.
-by rewrite rho_nil mul1r E_prefix.
-Qed.
+Proof. by move=> le_tH; rewrite (E_rho_times AC_mu H (fun w => rho b pi (take t w) * f (take t w))) E_rho_prefix. Qed.
 
 (* and so is the ratio of its first t tokens, which are all that the integrand has seen, *)
 Theorem claim_11_prefix H t f : (t <= H)%N ->
   E mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) =
   E pi H [::] (fun w => f (take t w)).
-Proof.
-move=> le_tH; rewrite (E_prefix mu (fun s => rho mu b s * (rho b pi s * f s))) //.
-rewrite (change_of_measure AC_mu _ (fun s => rho b pi s * f s)) ?(change_of_measure AC_b) ?reachable_nil //.
-by rewrite !rho_nil !mul1r E_prefix.
-Qed.
+Proof. by move=> le_tH; rewrite (E_rho_prefix AC_mu le_tH (fun s => rho b pi s * f s)) E_rho_prefix. Qed.
 
 (* which is never noisier: given t tokens, the ratio of the string has the ratio so far as its mean. *)
 Theorem claim_11_prefix_variance H t f : (t <= H)%N ->
   Var mu H [::] (fun w => rho mu b (take t w) * (rho b pi (take t w) * f (take t w))) <=
   Var mu H [::] (fun w => rho mu b w * (rho b pi (take t w) * f (take t w))).
-Proof.
-move=> le_tH; rewrite /Var claim_11_prefix // claim_11_prefix_sequence // ler_add2r.
-rewrite (E_prefix mu (fun s => (rho mu b s * (rho b pi s * f s)) ^+ 2)) // (E_split _ _ le_tH) -subr_ge0 -E_sub.
-suff -> : E mu t [::] (fun s => E mu (H - t) s (fun w => (rho mu b w * (rho b pi (take t w) * f (take t w))) ^+ 2) -
-    (rho mu b s * (rho b pi s * f s)) ^+ 2) =
-    E mu t [::] (fun s => (rho b pi s * f s) ^+ 2 * Var mu (H - t) s (rho mu b)).
-  by apply: E_ge0 => s; rewrite mulr_ge0 ?sqr_ge0 ?Var_ge0.
-apply: eq_E_reachable => [|s /= sz_s reach]; first exact: reachable_nil.
-transitivity (E mu (H - t) s (fun w => (rho b pi s * f s) ^+ 2 * rho mu b w ^+ 2) -
-    (rho mu b s * (rho b pi s * f s)) ^+ 2).
-  by congr (_ - _); apply: eq_E => u _; rewrite -sz_s take_size_cat // exprMn mulrC.
-rewrite /Var; have -> : E mu (H - t) s (rho mu b) = rho mu b s.
-  transitivity (E mu (H - t) s (fun w => rho mu b w * 1)); first by apply: eq_E => u _; rewrite mulr1.
-  by rewrite (change_of_measure AC_mu) // E_const mulr1.
-by rewrite E_scale mulrBr; congr (_ - _); rewrite exprMn mulrC.
-Qed.
+Proof. by move=> le_tH; apply: (Var_rho_le AC_mu le_tH (fun s => rho b pi s * f s)). Qed.
 
 (* Summed over the tokens, then, for any function of history and token, such as a score times the exact advantage: *)
 Theorem claim_11_levels_prefix H (g : seq A -> A -> R) :
   E mu H [::] (fun w => \sum_(t < H) rho mu b (take t.+1 w) * (rho b pi (take t.+1 w) * step g t w)) =
   E pi H [::] (path_sum g).
 Proof.
-rewrite E_sum; transitivity (\sum_(t < H) E pi H [::] (step g t)); last first.
-  by rewrite -E_sum; apply: eq_E => w sz_w; rewrite /path_sum /= sz_w.
-apply: eq_bigr => t _; have known p : E p H [::] (step g t) = E p H [::] (fun w => step g t (take t.+1 w)).
-  by apply: eq_E => w _; rewrite step_take.
-rewrite known -claim_11_prefix //; apply: eq_E => w _.
-by rewrite step_take.
+rewrite E_sum E_path_sum; apply: eq_bigr => t _.
+rewrite (E_rho_known AC_mu (ltn_ord t)) => [|w _]; last by rewrite take_take ?step_take.
+by rewrite (E_rho_known AC_b (ltn_ord t)) // => w _; rewrite step_take.
 Qed.
 
 Theorem claim_11_levels_sequence H (g : seq A -> A -> R) :
   E mu H [::] (fun w => rho mu b w * \sum_(t < H) rho b pi (take t.+1 w) * step g t w) = E pi H [::] (path_sum g).
 Proof.
-rewrite -claim_11_levels_prefix E_sum.
-transitivity (E mu H [::] (fun w => \sum_(t < H) rho mu b w * (rho b pi (take t.+1 w) * step g t w))).
-  by apply: eq_E => w _; rewrite big_distrr.
-rewrite E_sum; apply: eq_bigr => t _.
-have known w : step g t w = step g t (take t.+1 w) by rewrite step_take.
-have lt_tH := ltn_ord t.
-transitivity (E pi H [::] (fun w => step g t (take t.+1 w))).
-  by rewrite -claim_11_prefix_sequence //; apply: eq_E => w _; rewrite -known.
-by rewrite -claim_11_prefix //; apply: eq_E => w _; rewrite -known.
+rewrite (E_rho_times AC_mu) E_sum E_path_sum; apply: eq_bigr => t _.
+by rewrite (E_rho_known AC_b (ltn_ord t)) // => w _; rewrite step_take.
 Qed.
 
 (* The old policy cancels: corrected by its prefix, rho_t is the ratio of target and sampler. *)
@@ -636,10 +520,8 @@ Proof.
 move=> reach; rewrite !(rho_string_prob _ reach).
 have [reach_b | ] := boolP (reachable b w).
   by rewrite (rho_string_prob pi reach_b) mulrC mulrA divfK ?gt_eqF.
-have unreachable (p : policy R A) : ~~ reachable p w -> string_prob p w = 0.
-  by rewrite /reachable -leNgt => prob_le0; apply/eqP; rewrite eq_le prob_le0 string_prob_ge0.
-move=> unreach; rewrite (unreachable b) // (unreachable pi) ?mul0r //.
-by apply: contra unreach => /(reachable_ac AC_b).
+move=> unreach; rewrite (unreachable unreach) (@unreachable _ _ pi) ?mul0r //.
+by apply: contra unreach => /(reachable_AC AC_b).
 Qed.
 
 End Corrected.
@@ -658,8 +540,7 @@ Qed.
 Theorem claim_11_none_mean H t : absolutely_continuous b mu -> absolutely_continuous b pi -> (t <= H)%N ->
   E mu H [::] (fun w => rho b pi (take t w)) - 1 = Cov b t [::] (rho b mu) (rho b pi).
 Proof.
-move=> AC_mu AC_pi le_tH; rewrite (E_prefix mu (rho b pi)) // /Cov !E_rho // mulr1.
-by rewrite (change_of_measure AC_mu) ?reachable_nil // rho_nil mul1r.
+by move=> AC_mu AC_pi le_tH; rewrite (E_prefix mu (rho b pi)) // /Cov E_rho_times // !E_rho // !rho_nil mulr1.
 Qed.
 
 (* If the ratio of a token has mean q under mu at every history, that of t tokens has mean q^t. *)
@@ -733,12 +614,7 @@ Variables (R : realFieldType) (A : finType) (p : policy R A).
 Implicit Types (s : seq A) (X : seq A -> R) (c : R).
 
 Lemma Var_le_around n s X c : Var p n s X <= E p n s (fun w => (X w - c) ^+ 2).
-Proof.
-have -> : E p n s (fun w => (X w - c) ^+ 2) = Var p n s X + (E p n s X - c) ^+ 2.
-  transitivity (E p n s (fun w => X w ^+ 2 - 2%:R * c * X w + c ^+ 2)); first by apply: eq_E => u _; ring.
-  by rewrite E_add E_sub E_scale E_const /Var; move: (E _ _ _ _) (E _ _ _ _) => y m; ring.
-by rewrite ler_addl sqr_ge0.
-Qed.
+Proof. by rewrite E_around ler_addl sqr_ge0. Qed.
 
 (* Cutting a weight at c brings no two of its values further apart, *)
 Lemma truncated_closer c (x y : R) : (truncated c x - truncated c y) ^+ 2 <= (x - y) ^+ 2.

@@ -6,9 +6,8 @@
    string. Which of the two has the policy gradient as its expectation under b depends on what A is: both with A^pi,
    only the whole product with A^b, only the stop-gradient form with Q^pi, neither with the reward of the string. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees Gradients PolicyGradient.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Gradients PolicyGradient.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -39,15 +38,13 @@ Definition stop_gradient adv w : R := \sum_(t < size w) rho b pi (take t.+1 w) *
 Definition undetached adv w : R := \sum_(t < size w) rho b pi (take t.+1 w) * adv t w * path_sum g (take t.+1 w).
 Definition earlier_tokens adv w : R := \sum_(t < size w) rho b pi (take t.+1 w) * adv t w * path_sum g (take t w).
 
-Lemma path_sum_takeS t w : (t < size w)%N -> path_sum g (take t.+1 w) = path_sum g (take t w) + step g t w.
-Proof. by move=> lt_tw; rewrite !path_sum_take ?(ltnW lt_tw) // big_ord_recr. Qed.
-
 Lemma coef_moved_ratio w :
   (path_prod moved_ratio w)`_0 = rho b pi w /\ (path_prod moved_ratio w)`_1 = rho b pi w * path_sum g w.
 Proof.
 elim/last_ind: w => [|w a [IH0 IH1]].
   by rewrite path_prod_nil rho_nil path_sum_nil !coef1 mul1r.
-rewrite path_prod_rcons rho_rcons path_sum_rcons coef0M coef1M IH0 IH1 !coefZ coef0_moved coef1_moved /ratio.
+rewrite path_prod_rcons rho_rcons path_sum_rcons coef0M coef1M IH0 IH1 !coefZ.
+rewrite (coef_moved pi g w a).1 (coef_moved pi g w a).2 /ratio.
 by split; ring.
 Qed.
 
@@ -57,12 +54,14 @@ Proof.
 rewrite coef_sum; apply: eq_bigr => t _; rewrite coefZ (coef_moved_ratio _).2; ring.
 Qed.
 
+(* Only the token's own log-probability moves. *)
+Lemma coef_step_moved t w : (step (moved pi g) t w)`_1 = step pi t w * step g t w.
+Proof. by rewrite coef_step step_mul /step; case: drop => // a _; apply: (coef_moved _ _ _ _).2. Qed.
+
 (* The derivative of the released expression: each token's score by its own weight. Where pi(a|s) = 0 both are 0. *)
 Theorem claim_9_forms_released adv w : (released adv w)`_1 = stop_gradient adv w.
 Proof.
-rewrite coef_sum; apply: eq_bigr => t _; rewrite coefZ.
-have -> : (step (moved pi g) t w)`_1 = step pi t w * step g t w.
-  by rewrite /step; case: (drop t w) => [|a _]; rewrite ?coef0 ?mul0r ?coef1_moved.
+rewrite coef_sum; apply: eq_bigr => t _; rewrite coefZ coef_step_moved.
 have [pi0 | pi_neq0] := eqVneq (step pi t w) 0; last by field.
 suff -> : rho b pi (take t.+1 w) = 0 by ring.
 rewrite /rho path_prod_take // big_ord_recr /=; suff -> : step (ratio b pi) t w = 0 by rewrite mulr0.
@@ -82,12 +81,7 @@ Qed.
    is root g_t. *)
 Theorem claim_9_mean_form_released (root : R) t w : (t < size w)%N -> step pi t w != 0 ->
   ((root / step pi t w) *: step (moved pi g) t w)`_1 = root * step g t w.
-Proof.
-move=> lt_tw pi_neq0; rewrite coefZ.
-have -> : (step (moved pi g) t w)`_1 = step pi t w * step g t w.
-  by rewrite /step; case: (drop t w) => [|a _]; rewrite ?coef0 ?mul0r ?coef1_moved.
-by field.
-Qed.
+Proof. by move=> _ pi_neq0; rewrite coefZ coef_step_moved; field. Qed.
 
 (* The t-th root of the moving ratio of t tokens, to first order: a polynomial whose t-th power agrees with the ratio up
    to the first-order coefficient. Its derivative is root / t times the sum of the scores, by the chain rule. *)
@@ -139,20 +133,16 @@ Lemma mean_undetached_pi f : mean_undetached (step f) =
   E pi H [::] (fun w => \sum_(t < H) step f t w * path_sum g (take t.+1 w)).
 Proof.
 rewrite mean_undetachedE E_sum; apply: eq_bigr => t _.
-rewrite (eq_E _ (Y := fun w => rho b pi (take t.+1 w) * (step f t (take t.+1 w) * path_sum g (take t.+1 w))));
-  last by move=> w _; rewrite /= step_take // mulrA.
-rewrite (claim_3_prop1 AC (fun s => step f t s * path_sum g s)) //.
-by apply: eq_E => w _; rewrite /= step_take.
+rewrite -(E_rho_known AC (ltn_ord t)) => [|w _]; last by rewrite step_take // take_take.
+by apply: eq_E => w _; rewrite mulrA.
 Qed.
 
 Lemma mean_stop_gradient_pi f : mean_stop_gradient (step f) =
   E pi H [::] (fun w => \sum_(t < H) step f t w * step g t w).
 Proof.
 rewrite mean_stop_gradientE E_sum; apply: eq_bigr => t _.
-rewrite (eq_E _ (Y := fun w => rho b pi (take t.+1 w) * (step f t (take t.+1 w) * step g t (take t.+1 w))));
-  last by move=> w _; rewrite /= !step_take // mulrA.
-rewrite (claim_3_prop1 AC (fun s => step f t s * step g t s)) //.
-by apply: eq_E => w _; rewrite /= !step_take.
+rewrite -(E_rho_known AC (ltn_ord t)) => [|w _]; last by rewrite !step_take.
+by apply: eq_E => w _; rewrite mulrA.
 Qed.
 
 (* Summation by parts: with A_t = V(s_{t+1}) - V(s_t) the whole product is the last value times all scores, less each
@@ -175,15 +165,14 @@ Lemma undetached_any_value V f :
 Proof.
 move=> V_end f_diff; rewrite mean_undetached_pi policy_gradient.
 have f_step t w : (t < H)%N -> size w = H -> step f t w = V (take t.+1 w) - V (take t w).
-  move=> lt_tH sz_w; have lt_tw : (t < size w)%N by rewrite sz_w.
-  move: (lt_tw); rewrite -subn_gt0 -size_drop /step -[in take t.+1 w]addn1 takeD.
-  case: (drop t w) => // a u _; rewrite f_diff; last by rewrite size_takel // ltnW.
-  by rewrite /= take0 cats1.
+  move=> lt_tH sz_w; have [|a [-> ->]] := @take_step R A t w; first by rewrite sz_w.
+  by rewrite f_diff // size_takel // sz_w ltnW.
 transitivity (E pi H [::] (fun w => path_sum g w * reward w - \sum_(t < H) step g t w * V (take t w))).
   apply: eq_E => w /= sz_w; under eq_bigr => t _ do rewrite f_step //.
   by rewrite summation_by_parts ?sz_w // take_oversize ?sz_w // V_end.
-rewrite E_sub E_sum big1 ?subr0 // => t _.
-by rewrite E_centered // => s _; apply: score.
+rewrite E_sub E_sum big1 ?subr0 // => t _; rewrite -[RHS](E_centered (X := fun w => V (take t w)) (ltn_ord t) score).
+  by apply: eq_E => w _; rewrite mulrC.
+by move=> w _; rewrite take_take.
 Qed.
 
 (* --- 9.target_advantage and 9.behavior_advantage ------------------------------------------------------------------ *)
@@ -222,34 +211,16 @@ Qed.
 
 (* --- 9.outcome and 9.action_value --------------------------------------------------------------------------------- *)
 
-Lemma step_action_value (p : policy R A) t w : (t < size w)%N ->
-  step (action_value H reward p) t w = value H reward p (take t.+1 w).
-Proof.
-move=> lt_tw; move: (lt_tw); rewrite -subn_gt0 -size_drop /step -[in take t.+1 w]addn1 takeD.
-by case: (drop t w) => // a u _; rewrite /= take0 cats1.
-Qed.
-
-(* A finished string's reward, times anything known with token t + 1, may be replaced by that token's action value. *)
-Lemma E_reward (p : policy R A) t (X : seq A -> R) : (t < H)%N ->
-  E p H [::] (fun w => X (take t.+1 w) * reward w) =
-    E p H [::] (fun w => X (take t.+1 w) * step (action_value H reward p) t w).
-Proof.
-move=> lt_tH; rewrite E_condition //.
-rewrite [RHS](eq_E _ (Y := fun w => X (take t.+1 w) * value H reward p (take t.+1 w))); last first.
-  by move=> w /= sz_w; rewrite step_action_value // sz_w.
-rewrite (E_prefix p (fun s => X s * value H reward p s) lt_tH).
-by apply: eq_E => s /= sz_s; rewrite /value sz_s.
-Qed.
-
 (* With the reward in place of the advantage both forms are what they are with Q^b ... *)
 Lemma outcome_is_action_value (X : nat -> seq A -> R) :
   \sum_(t < H) E b H [::] (fun w => rho b pi (take t.+1 w) * reward w * X t (take t.+1 w)) =
   \sum_(t < H) E b H [::] (fun w =>
     rho b pi (take t.+1 w) * step (action_value H reward b) t w * X t (take t.+1 w)).
 Proof.
-apply: eq_bigr => t _; pose Y s := rho b pi s * X t s.
-transitivity (E b H [::] (fun w => Y (take t.+1 w) * reward w)); first by apply: eq_E => w _; rewrite /Y /= mulrAC.
-by rewrite E_reward //; apply: eq_E => w _; rewrite /Y /= mulrAC.
+apply: eq_bigr => t _; pose Y w := rho b pi (take t.+1 w) * X t (take t.+1 w).
+transitivity (E b H [::] (fun w => Y w * reward w)); first by apply: eq_E => w _; rewrite /Y mulrAC.
+rewrite (E_split b _ (ltn_ord t)) E_action_value // => [|w _]; last by rewrite /Y !take_take.
+by apply: eq_E => w _; rewrite /Y mulrAC.
 Qed.
 
 Lemma mean_stop_gradient_reward :
@@ -285,11 +256,11 @@ Theorem claim_9_outcome_constant (c : R) (live : seq A -> R) :
   mean_undetached (fun t w => c * live (take t w)) =
     c * E pi H [::] (fun w => \sum_(t < H) live (take t w) * path_sum g (take t w)).
 Proof.
-have centered t : (t < H)%N -> E pi H [::] (fun w => step g t w * live (take t w)) = 0.
-  by move=> lt_tH; apply: E_centered => // s _; apply: score.
+have centered t : (t < H)%N -> E pi H [::] (fun w => live (take t w) * step g t w) = 0.
+  by move=> lt_tH; apply: (E_centered lt_tH score) => w _; rewrite take_take.
 pose f s (a : A) := c * live s.
 have f_step t w : (t < size w)%N -> step f t w = c * live (take t w).
-  by rewrite -subn_gt0 -size_drop /step; case: (drop t w).
+  by move=> /(@take_step R) [a [_ ->]].
 split.
   transitivity (mean_stop_gradient (step f)).
     rewrite !mean_stop_gradientE; apply: eq_bigr => t _; apply: eq_E => w /= sz_w.
@@ -302,7 +273,7 @@ transitivity (mean_undetached (step f)).
   by rewrite f_step // sz_w.
 rewrite mean_undetached_pi !E_sum big_distrr; apply: eq_bigr => t _.
 transitivity (c * E pi H [::] (fun w => live (take t w) * path_sum g (take t w)) +
-  c * E pi H [::] (fun w => step g t w * live (take t w))); last by rewrite centered // mulr0 addr0.
+  c * E pi H [::] (fun w => live (take t w) * step g t w)); last by rewrite centered // mulr0 addr0.
 rewrite -!E_scale -E_add; apply: eq_E => w /= sz_w.
 by rewrite f_step ?sz_w // path_sum_takeS ?sz_w //; ring.
 Qed.
@@ -312,10 +283,8 @@ Theorem claim_9_outcome_constant_one_length (c : R) : mean_undetached (fun _ _ =
 Proof.
 transitivity (mean_undetached (fun _ _ => c * 1)); first by rewrite mulr1.
 rewrite (claim_9_outcome_constant c (fun=> 1)).2 E_sum big1 ?mulr0 // => t _.
-rewrite (eq_E _ (Y := fun w => \sum_(k < t) step g k w * 1)); last first.
-  by move=> w /= sz_w; rewrite mul1r path_sum_take ?sz_w 1?ltnW //; apply: eq_bigr => k _; rewrite mulr1.
-rewrite E_sum big1 // => k _; apply: (E_centered (fun=> 1)) => [|s _]; last exact: score.
-exact: ltn_trans (ltn_ord k) (ltn_ord t).
+rewrite (eq_E _ (Y := fun w => path_sum g (take t w))) => [|w _]; last by rewrite mul1r.
+by rewrite (E_prefix pi (path_sum g) (ltnW (ltn_ord t))) E_score.
 Qed.
 
 (* With Q^pi, less any baseline that is known before the token, the stop-gradient form is exact. *)
@@ -332,15 +301,13 @@ Theorem claim_9_action_value_undetached (B : nat -> seq A -> R) :
   mean_undetached (fun t w => step (action_value H reward pi) t w - B t (take t w)) =
     E pi H [::] (fun w => \sum_(t < H) path_sum g (take t.+1 w) * (reward w - B t (take t w))).
 Proof.
-rewrite mean_undetachedE E_sum; apply: eq_bigr => t _.
-pose X s := (value H reward pi s - B t (take t s)) * path_sum g s.
-rewrite (eq_E _ (Y := fun w => rho b pi (take t.+1 w) * X (take t.+1 w))); last first.
-  by move=> w /= sz_w; rewrite -mulrA /X take_take // step_action_value ?sz_w.
-rewrite (claim_3_prop1 AC X) //.
-rewrite (eq_E _ (Y := fun w => path_sum g (take t.+1 w) * step (action_value H reward pi) t w
-  - path_sum g (take t.+1 w) * B t (take t w))); last first.
-  by move=> w /= sz_w; rewrite /X take_take // step_action_value ?sz_w //; ring.
-by rewrite E_sub -E_reward // -E_sub; apply: eq_E => w _; ring.
+rewrite mean_undetachedE E_sum; apply: eq_bigr => t _; pose g' w := path_sum g (take t.+1 w).
+pose Q w := step (action_value H reward pi) t w.
+transitivity (E pi H [::] (fun w => g' w * Q w - g' w * B t (take t w))).
+  rewrite -(E_rho_known AC (ltn_ord t)) => [|w _]; last by rewrite /g' /Q step_take // !take_take.
+  by apply: eq_E => w _; rewrite /g' /Q; ring.
+rewrite E_sub -E_action_value // => [|w _]; last by rewrite /g' take_take.
+by rewrite -E_split // -E_sub; apply: eq_E => w _; rewrite mulrBr.
 Qed.
 
 (* For Q^pi itself: (T - k + 1) g_k R in the numbering from 1 of T = H tokens. *)

@@ -6,9 +6,8 @@
    total variance of Y is the smaller one when the terms of different tokens are orthogonal; that Z can have variance 0;
    and the slope of Var Z - Var Y where the target leaves the behavior policy. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
-From mathcomp Require Import ring.
-From ctpo Require Import Trees Gradients.
+From mathcomp Require Import all_ssreflect all_algebra ring.
+From ctpo Require Import Trees Expectations Gradients.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -90,18 +89,14 @@ Definition dot (s t : nat) w : R := \sum_(i : I) step (f i) s w * step (f i) t w
 
 Lemma rho_martingale t (X : seq A -> R) : (t <= H)%N ->
   E b H [::] (fun w => rho b pi w * X (take t w)) = E b H [::] (fun w => rho b pi (take t w) * X (take t w)).
-Proof.
-move=> le_tH; have nilP := reachable_nil b.
-rewrite (change_of_measure AC) // E_prefix // -(change_of_measure AC) //.
-by rewrite (E_prefix b (fun s => rho b pi s * X s) le_tH).
-Qed.
+Proof. by move=> le_tH; rewrite E_rho_times // E_rho_prefix. Qed.
 
 (* Both estimators have the mean E_pi [sum_t f_t]; with the advantages of pi that is its gradient. *)
 Theorem claim_5_identity_mean i :
   E b H [::] (Z i) = E pi H [::] (path_sum (f i)) /\ E b H [::] (Y i) = E pi H [::] (path_sum (f i)).
 Proof.
 rewrite /Y -same_mean; last exact: rho_martingale.
-by rewrite /Z /sequence_weighted (change_of_measure AC) ?reachable_nil // rho_nil mul1r.
+by rewrite /Z /sequence_weighted E_rho_times.
 Qed.
 
 (* Var Z - Var Y = sum_{s, t} E_b [(rho_H^2 - rho_{s+1} rho_{t+1}) f_s . f_t], the variances summed over coordinates:
@@ -118,23 +113,13 @@ rewrite -E_sum; apply: eq_E => w _.
 by rewrite /dot big_distrr.
 Qed.
 
-(* The weight of a pair s = t never lowers it: E_b [(rho_H^2 - rho_t^2) X] = E_b [(rho_H - rho_t)^2 X] >= 0 for any
-   X >= 0 known at t, as E_b [rho_H rho_t X] = E_b [rho_t^2 X]. *)
+(* The weight of a pair s = t never lowers it: E_b [(rho_H^2 - rho_t^2) X] >= 0 for any X >= 0 known at t, as rho_H has
+   the mean rho_t given t tokens. *)
 Theorem claim_5_identity_same_token t (X : seq A -> R) : (t <= H)%N -> (forall w, 0 <= X w) ->
   0 <= E b H [::] (fun w => (rho b pi w ^+ 2 - rho b pi (take t w) ^+ 2) * X (take t w)).
 Proof.
-move=> le_tH X_ge0.
-pose V w := (rho b pi w - rho b pi (take t w)) ^+ 2 * X (take t w).
-suff -> : E b H [::] (fun w => (rho b pi w ^+ 2 - rho b pi (take t w) ^+ 2) * X (take t w)) = E b H [::] V.
-  by apply: E_ge0 => w; rewrite mulr_ge0 ?sqr_ge0.
-pose U w := rho b pi (take t w) * X (take t w).
-have zero : E b H [::] (fun w => rho b pi w * U w) = E b H [::] (fun w => rho b pi (take t w) * U w).
-  have eqU : forall w, U w = (fun s => rho b pi s * X s) (take t w) by [].
-  exact: (rho_martingale (fun s => rho b pi s * X s) le_tH).
-apply/eqP; rewrite -subr_eq0 -E_sub; apply/eqP.
-transitivity (E b H [::] (fun w => 2%:R * (rho b pi w * U w - rho b pi (take t w) * U w))).
-  by apply: eq_E => w _; rewrite /V /U; ring.
-by rewrite E_scale E_sub zero subrr mulr0.
+move=> le_tH X_ge0; have := E_rho_sqr_le AC le_tH X_ge0; rewrite -subr_ge0 -E_sub => /le_trans; apply.
+by rewrite le_eqVlt; apply/predU1P; left; apply: eq_E => w _; rewrite mulrBl.
 Qed.
 
 (* --- orthogonal terms --------------------------------------------------------------------------------------------- *)
@@ -148,7 +133,7 @@ Proof.
 move=> orthogonal; rewrite -subr_ge0 claim_5_identity.
 apply: sumr_ge0 => s _; apply: sumr_ge0 => t _.
 have [eq_st | ne_st] := eqVneq s t; last first.
-  rewrite (@eq_E_reachable _ _ b _ _ _ (fun=> 0)) ?E0 ?reachable_nil // => w sz_w reach.
+  rewrite (@eq_E_reachable _ _ b _ _ _ (fun=> 0)) ?E0 // => w sz_w reach.
   by rewrite orthogonal // mulr0.
 rewrite {}eq_st.
 have /(claim_5_identity_same_token (ltn_ord t)) : forall w, 0 <= dot t t w.
@@ -228,11 +213,10 @@ have constant w : size w = H -> reachable b w -> sequence_weighted (rho b pi) f 
   move: (reach); rewrite /reachable (b_pi_F w) // => /lt0r_neq0.
   rewrite !mulf_eq0 invr_eq0 !negb_or -andbA => /and3P[pi_n0 F_n0 m_n0].
   by field; rewrite m_n0 F_n0 pi_n0.
-split=> //; rewrite Var_centered -[RHS](E0 b H [::]); apply: eq_E_reachable; first exact: reachable_nil.
-move=> w sz_w reach; rewrite constant //.
+split=> //; rewrite Var_centered -[RHS](E0 b H [::]); apply: eq_E_reachable => // w sz_w reach.
+rewrite constant //.
 have -> : E b H [::] (sequence_weighted (rho b pi) f) = m.
-  rewrite -[RHS](E_const b H [::] m); apply: eq_E_reachable; first exact: reachable_nil.
-  by move=> u sz_u reach_u; rewrite constant.
+  by rewrite -[RHS](E_const b H [::] m); apply: eq_E_reachable => // u sz_u reach_u; rewrite constant.
 by rewrite subrr expr0n.
 Qed.
 
@@ -246,7 +230,7 @@ Hypothesis one_sign : forall w, size w = H -> reachable pi w -> 0 < c * path_sum
 Let M s := value H (fun w => c * path_sum f w) pi s.
 
 Lemma M_next s : (size s < H)%N -> M s = \sum_a pi s a * M (rcons s a).
-Proof. by move=> lt_sH; rewrite {1}/M /value -(subnSK lt_sH); under [RHS]eq_bigr do rewrite /M /value size_rcons. Qed.
+Proof. exact: value_next. Qed.
 
 Lemma M_gt0 s : (size s <= H)%N -> reachable pi s -> 0 < M s.
 Proof.
@@ -263,7 +247,7 @@ rewrite lt_def M_next // sumr_ge0 // andbT psumr_eq0 //; apply/allPn.
 have [a a_neq0] : exists a, pi s a != 0.
   apply/existsP; apply: contraTT isT => /existsPn zero; have /eqP := prob_sum1 pi s.
   by rewrite big1 ?(eq_sym 0) ?oner_eq0 // => a _; apply/eqP; have := zero a; rewrite negbK.
-by exists a; rewrite ?mem_index_enum //= mulf_neq0 // lt0r_neq0 // pos // lt_def a_neq0 prob_ge0.
+by exists a; rewrite ?mem_index_enum //= mulf_neq0 // lt0r_neq0 // pos // prob_gt0.
 Qed.
 
 Definition zero_variance_prob s a := if reachable pi s && (size s < H)%N then pi s a * M (rcons s a) / M s else pi s a.
@@ -286,12 +270,10 @@ Definition zero_variance_policy := Policy zero_variance_ge0 zero_variance_sum1.
 
 Lemma zero_variance_string s : (size s <= H)%N -> string_prob zero_variance_policy s = string_prob pi s * M s / M [::].
 Proof.
-have M0 : M [::] != 0 by rewrite lt0r_neq0 // M_gt0 // reachable_nil.
+have M0 : M [::] != 0 by rewrite lt0r_neq0 // M_gt0.
 elim/last_ind: s => [|s a IHs]; first by rewrite !string_prob_nil mul1r divff.
 rewrite size_rcons => lt_sH; rewrite !string_prob_rcons IHs ?(ltnW lt_sH) //= /zero_variance_prob lt_sH andbT.
-case: ifP => [reach | /negbT]; last first.
-  rewrite /reachable lt_def string_prob_ge0 andbT negbK => /eqP ->.
-  by rewrite !mul0r.
+case: ifP => [reach | /negbT/unreachable->]; last by rewrite !mul0r.
 have Ms : M s != 0 by rewrite lt0r_neq0 // M_gt0 // ltnW.
 by field; rewrite M0 Ms.
 Qed.
@@ -304,42 +286,29 @@ Proof.
 have strings w : size w = H ->
     string_prob zero_variance_policy w = string_prob pi w * path_sum f w / E pi H [::] (path_sum f).
   move=> sz_w; rewrite zero_variance_string ?sz_w //.
-  have : 0 < M [::] by rewrite M_gt0 // reachable_nil.
+  have : 0 < M [::] by rewrite M_gt0.
   rewrite {1 3}/M /value subn0 E_scale => /lt0r_neq0; rewrite mulf_eq0 negb_or => /andP[c_n0 m_n0].
   by rewrite {1}/M /value sz_w subnn /=; field; rewrite m_n0 c_n0.
 exists zero_variance_policy; split=> //; last by have [] := claim_5_zero_variance strings.
 move=> s a reach /=; rewrite /zero_variance_prob; case: andP => [[reach_pi lt_sH] | //] /eqP.
 rewrite mulf_eq0 invr_eq0 (negbTE (lt0r_neq0 (M_gt0 (ltnW lt_sH) reach_pi))) orbF mulf_eq0 => /orP[/eqP // | M0].
 apply/eqP; apply: contraTT M0 => a_neq0; rewrite lt0r_neq0 // M_gt0 ?size_rcons // reachable_rcons reach_pi.
-by rewrite lt_def a_neq0 prob_ge0.
+by rewrite prob_gt0.
 Qed.
 
 End Sampler.
 
 End ZeroVariance.
 
-
 (* --- the slope where the target leaves the behavior policy -------------------------------------------------------- *)
-
-Lemma coef0M (R : ringType) (P Q : {poly R}) : (P * Q)`_0 = P`_0 * Q`_0.
-Proof. by rewrite coefM big_ord_recl big_ord0 addr0. Qed.
-
-Lemma coef1M (R : ringType) (P Q : {poly R}) : (P * Q)`_1 = P`_0 * Q`_1 + P`_1 * Q`_0.
-Proof. by rewrite coefM !big_ord_recl big_ord0 addr0. Qed.
 
 Section Slope.
 
 Variables (R : realFieldType) (A : finType) (b : policy R A) (H : nat).
 Implicit Types (s w : seq A).
 
-(* The expectation under b of a polynomial in eps, coefficient by coefficient. *)
+(* b as polynomials in eps, of order 0. *)
 Definition b_poly s a : {poly R} := (b s a)%:P.
-
-Lemma E_coef k n s X : (E b_poly n s X)`_k = E b n s (fun w => (X w)`_k).
-Proof.
-elim: n s => //= n IHn s; rewrite coef_sum.
-by apply: eq_bigr => a _; rewrite coefCM IHn.
-Qed.
 
 (* The target is moved b x, that is b(a|s) (1 + eps x(s, a)), for a direction x of scores: to first order in eps every
    smooth family of policies through b. Its cumulative ratio is a polynomial in eps. *)
@@ -348,26 +317,22 @@ Hypothesis x_score : is_score b x.
 
 Definition rho_moved : seq A -> {poly R} := path_prod (fun s a => 1 + x s a *: 'X).
 
-Lemma moved_ratio s a : moved b x s a = b_poly s a * (1 + x s a *: 'X).
+Lemma moved_b s a : moved b x s a = b_poly s a * (1 + x s a *: 'X).
 Proof. by rewrite /moved /b_poly mulrDr mulr1 -scalerA !mul_polyC. Qed.
 
 Lemma rho_moved_coef w : (rho_moved w)`_0 = 1 /\ (rho_moved w)`_1 = path_sum x w.
-Proof.
-elim/last_ind: w => [|w a [IH0 IH1]]; first by rewrite /rho_moved path_prod_nil path_sum_nil !coefC.
-rewrite /rho_moved path_prod_rcons path_sum_rcons coef0M coef1M -/(rho_moved w) IH0 IH1.
-by rewrite !coefD !coefZ !coefX !coef1 /= !mulr0 !addr0 add0r !mul1r !mulr1 addrC.
-Qed.
+Proof. by apply: coef_path_prod => s a; rewrite !coefD !coefZ !coefX !coef1 /= ?mulr0 ?mulr1 ?addr0 ?add0r. Qed.
 
 Lemma rho_moved_mean n s : E b_poly n s rho_moved = rho_moved s.
 Proof.
 elim: n s => //= n IHn s.
-under eq_bigr => a _ do rewrite IHn /rho_moved path_prod_rcons mulrCA -moved_ratio.
+under eq_bigr => a _ do rewrite IHn /rho_moved path_prod_rcons mulrCA -moved_b.
 rewrite -big_distrr big_split /= -scaler_suml -rmorph_sum /= prob_sum1.
 by have := x_score s; rewrite /next => ->; rewrite scale0r addr0 mulr1.
 Qed.
 
 Lemma b_poly_const n s (c : {poly R}) : E b_poly n s (fun=> c) = c.
-Proof. by apply/polyP => k; rewrite E_coef E_const. Qed.
+Proof. by apply/polyP => k; rewrite coef_E E_const. Qed.
 
 Lemma rho_moved_martingale t (X : seq A -> {poly R}) : (t <= H)%N ->
   E b_poly H [::] (fun w => rho_moved w * X (take t w)) =
@@ -380,26 +345,11 @@ rewrite E_scale rho_moved_mean -[LHS](b_poly_const (H - t) s).
 by apply: eq_E => u _; rewrite -sz_s take_size_cat // mulrC.
 Qed.
 
-(* The score of a token has mean 0 given all that is known before it. *)
-Lemma score_mean0 k (G : seq A -> R) : (k < H)%N -> E b H [::] (fun w => step x k w * G (take k w)) = 0.
-Proof.
-move=> lt_kH; transitivity (E b k.+1 [::] (fun w => step x k w * G (take k w))).
-  rewrite -(E_prefix b (fun w => step x k w * G (take k w)) lt_kH).
-  by apply: eq_E => w _; rewrite /= step_take // take_take.
-rewrite -addn1 E_tower -[RHS](E0 b k [::]); apply: eq_E => s /= sz_s.
-transitivity (next b s (x s) * G s); last by rewrite x_score mul0r.
-rewrite /next big_distrl /=; apply: eq_bigr => a _.
-by rewrite -sz_s step_rcons -cats1 take_size_cat // mulrA.
-Qed.
-
 Variables (I : finType) (f : I -> seq A -> A -> {poly R}).
 
 (* f at eps = 0, and f_s . f_t there. *)
 Let f0 i s a : R := (f i s a)`_0.
 Let dot0 := dot f0.
-
-Lemma step_coef (h : seq A -> A -> {poly R}) k t w : (step h t w)`_k = step (fun s a => (h s a)`_k) t w.
-Proof. by rewrite /step; case: (drop t w) => [|//]; rewrite coef0. Qed.
 
 Lemma later_scores (s t : nat) : (s < H)%N -> (t < H)%N ->
   E b H [::] (fun w => (path_sum x w - path_sum x (take s.+1 w)) * dot0 s t w) =
@@ -410,8 +360,9 @@ move=> lt_s lt_t; transitivity (E b H [::] (fun w => \sum_(k < H | (s < k)%N) st
   rewrite path_sum_take ?sz_w // (big_ord_widen H (fun k => step x k w)) // addrC /path_sum sz_w.
   by rewrite (bigID (fun k : 'I_H => (k < s.+1)%N)) /=; congr (_ + _); apply: eq_bigl => k; rewrite -ltnNge.
 rewrite E_sum (bigID (fun k : 'I_H => (k <= t)%N)) /= [X in _ + X]big1 ?addr0 // => k /andP[lt_sk].
-rewrite -ltnNge => lt_tk; rewrite -(score_mean0 (dot0 s t) (ltn_ord k)); apply: eq_E => w _ /=.
-by congr (_ * _); apply: eq_bigr => i _; rewrite !step_take.
+rewrite -ltnNge => lt_tk; rewrite -(E_centered (X := dot0 s t) (ltn_ord k) x_score) => [|w _].
+  by apply: eq_E => w _; rewrite mulrC.
+by apply: eq_bigr => i _; rewrite !step_take.
 Qed.
 
 (* The derivative of Var Z - Var Y at eps = 0, the variances summed over coordinates, is
@@ -430,11 +381,11 @@ transitivity (\sum_(s < H) \sum_(t < H) (U s t + U t s)); last first.
   by apply: eq_bigr => s _; apply: eq_bigr => t _; rewrite /U later_scores.
 under eq_bigr => i _ do rewrite (Var_difference rho_moved_martingale).
 rewrite exchange_big coef_sum; apply: eq_bigr => s _; rewrite exchange_big coef_sum; apply: eq_bigr => t _ /=.
-rewrite -E_sum E_coef /U -E_add; apply: eq_E => w _ /=.
+rewrite -E_sum coef_E /U -E_add; apply: eq_E => w _ /=.
 rewrite coef_sum /dot0 /dot -[X in _ = _ + _ * X](eq_bigr _ (fun i _ => mulrC _ _)) -mulrDl big_distrr /=.
 apply: eq_bigr => i _; have [c0 c1] := rho_moved_coef w.
 have [s0 s1] := rho_moved_coef (take s.+1 w); have [t0 t1] := rho_moved_coef (take t.+1 w).
-rewrite coef1M !coefB expr2 !coef0M !coef1M c0 s0 t0 c1 s1 t1 !step_coef.
+rewrite coef1M !coefB expr2 !coef0M !coef1M c0 s0 t0 c1 s1 t1 !coef_step.
 by rewrite /f0; ring.
 Qed.
 

@@ -7,7 +7,7 @@
    probabilities, as they do the tokens of a tool; a string that ends early goes on with a padding token that both write
    with probability 1. *)
 
-From mathcomp Require Import all_ssreflect all_algebra.
+From mathcomp Require Import all_ssreflect all_algebra ring.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -16,7 +16,7 @@ Unset Printing Implicit Defensive.
 Import Order.Theory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(* --- policies ------------------------------------------------------------------------------------------------------ *)
+(* --- policies ----------------------------------------------------------------------------------------------------- *)
 
 (* p s a is the probability of token a after history s. *)
 Record policy (R : realFieldType) (A : finType) := Policy {
@@ -25,12 +25,15 @@ Record policy (R : realFieldType) (A : finType) := Policy {
   prob_sum1 : forall s, \sum_(a : A) prob s a = 1
 }.
 
-(* --- functions of a step, and their sums and products along a string ------------------------------------------------- *)
+Lemma prob_gt0 (R : realFieldType) (A : finType) (p : policy R A) s a : (0 < p s a) = (p s a != 0).
+Proof. by rewrite lt_def prob_ge0 andbT. Qed.
+
+(* --- functions of a step, and their sums and products along a string ---------------------------------------------- *)
 
 Section Steps.
 
 Variables (R : comRingType) (A : finType).
-Implicit Types (f : seq A -> A -> R) (s w : seq A).
+Implicit Types (f g : seq A -> A -> R) (s w : seq A).
 
 (* f at token t + 1 of w, with the t tokens before it as history: f (a_1 .. a_t) a_{t+1}; 0 where w has ended. *)
 Definition step f (t : nat) w : R := if drop t w is a :: _ then f (take t w) a else 0.
@@ -51,6 +54,21 @@ Proof. by rewrite /step -cats1 drop_size_cat // take_size_cat. Qed.
 
 Lemma step_cat f t w u : (t < size w)%N -> step f t (w ++ u) = step f t w.
 Proof. by move=> lt_tw; rewrite -(step_take _ _ lt_tw) take_size_cat. Qed.
+
+(* Token t + 1 of a string, and what a step is there. *)
+Lemma take_step t w : (t < size w)%N ->
+  exists a, take t.+1 w = rcons (take t w) a /\ forall f, step f t w = f (take t w) a.
+Proof.
+case: w => // x0 w lt_tw; exists (nth x0 (x0 :: w) t).
+by split=> [|f]; [rewrite -take_nth | rewrite /step (drop_nth x0 lt_tw)].
+Qed.
+
+(* Steps are multiplied token by token. *)
+Lemma step_mul f g t w : step f t w * step g t w = step (fun s a => f s a * g s a) t w.
+Proof. by rewrite /step; case: (drop t w) => [|a _]; rewrite ?mulr0. Qed.
+
+Lemma path_sumE f n w : size w = n -> path_sum f w = \sum_(t < n) step f t w.
+Proof. by move=> <-. Qed.
 
 Lemma path_sum_nil f : path_sum f [::] = 0.
 Proof. by rewrite /path_sum big_ord0. Qed.
@@ -76,6 +94,9 @@ move=> le_nw; rewrite /path_sum size_takel //.
 by apply: eq_bigr => t _; apply: step_take.
 Qed.
 
+Lemma path_sum_takeS f t w : (t < size w)%N -> path_sum f (take t.+1 w) = path_sum f (take t w) + step f t w.
+Proof. by move=> lt_tw; rewrite !path_sum_take ?(ltnW lt_tw) // big_ord_recr. Qed.
+
 Lemma path_prod_take f n w : (n <= size w)%N -> path_prod f (take n w) = \prod_(t < n) step f t w.
 Proof.
 move=> le_nw; rewrite /path_prod size_takel //.
@@ -84,7 +105,7 @@ Qed.
 
 End Steps.
 
-(* --- expectations ---------------------------------------------------------------------------------------------------- *)
+(* --- expectations ------------------------------------------------------------------------------------------------- *)
 
 Section Expectation.
 
@@ -96,8 +117,10 @@ Implicit Types (p : seq A -> A -> R) (s w : seq A) (X Y : seq A -> R) (c : R).
    expectation E_p [X | F_t]. *)
 Fixpoint E p n s X : R := if n is n'.+1 then \sum_(a : A) p s a * E p n' (rcons s a) X else X s.
 
-(* The variance, and the mean under p of a function of the next token. *)
+(* The variance, the covariance, the probability of an event, and the mean under p of a function of the next token. *)
 Definition Var p n s X := E p n s (fun w => X w ^+ 2) - E p n s X ^+ 2.
+Definition Cov p n s X Y := E p n s (fun w => X w * Y w) - E p n s X * E p n s Y.
+Definition Pr p n (D : pred (seq A)) : R := E p n [::] (fun w => (D w)%:R).
 Definition next p s (f : A -> R) := \sum_(a : A) p s a * f a.
 
 (* Only the strings of n tokens after s count. *)
@@ -107,6 +130,9 @@ elim: n s => [|n IHn] s /= eqXY; first by rewrite -[s]cats0 eqXY.
 apply: eq_bigr => a _; congr (_ * _); apply: IHn => u sz_u.
 by rewrite cat_rcons eqXY //= sz_u.
 Qed.
+
+Lemma eq_Var p n s X Y : (forall u, size u = n -> X (s ++ u) = Y (s ++ u)) -> Var p n s X = Var p n s Y.
+Proof. by move=> eqXY; congr (_ - _ ^+ 2); apply: eq_E => u /eqXY // ->. Qed.
 
 Lemma E_add p n s X Y : E p n s (fun w => X w + Y w) = E p n s X + E p n s Y.
 Proof.
@@ -172,7 +198,7 @@ Qed.
 
 End Expectation.
 
-(* --- expectations under a policy ------------------------------------------------------------------------------------- *)
+(* --- expectations under a policy ---------------------------------------------------------------------------------- *)
 
 Section UnderPolicy.
 
@@ -208,14 +234,15 @@ move=> leXY; rewrite -subr_ge0 -E_sub.
 by apply: E_ge0 => w; rewrite subr_ge0.
 Qed.
 
-Lemma Var_centered n s X : Var p n s X = E p n s (fun w => (X w - E p n s X) ^+ 2).
+(* The mean squared distance from a number: least from the mean, where it is the variance. *)
+Lemma E_around n s X c : E p n s (fun w => (X w - c) ^+ 2) = Var p n s X + (E p n s X - c) ^+ 2.
 Proof.
-set m := E p n s X.
-transitivity (E p n s (fun w => X w ^+ 2 - (2%:R * m) * X w + m ^+ 2)).
-  rewrite E_add E_sub E_scale E_const -/m /Var -/m.
-  by rewrite -mulrA -expr2 mulr_natl mulr2n opprD addrA addrNK.
-apply: eq_E => u _; rewrite sqrrB -mulrA mulr_natl [m * _]mulrC //.
+transitivity (E p n s (fun w => X w ^+ 2 - (2%:R * c) * X w + c ^+ 2)); first by apply: eq_E => u _; ring.
+by rewrite E_add E_sub E_scale E_const /Var; move: (E _ _ _ _) (E _ _ _ _) => y m; ring.
 Qed.
+
+Lemma Var_centered n s X : Var p n s X = E p n s (fun w => (X w - E p n s X) ^+ 2).
+Proof. by rewrite E_around subrr expr0n addr0. Qed.
 
 Lemma Var_ge0 n s X : 0 <= Var p n s X.
 Proof. by rewrite Var_centered E_ge0 // => w; rewrite sqr_ge0. Qed.
@@ -235,7 +262,7 @@ Qed.
 
 End UnderPolicy.
 
-(* --- the two policies ------------------------------------------------------------------------------------------------ *)
+(* --- the two policies --------------------------------------------------------------------------------------------- *)
 
 Section Ratio.
 
@@ -304,7 +331,7 @@ Lemma eq_E_reachable n s X Y :
 Proof.
 elim: n s => [|n IHn] s reach eqXY /=; first by rewrite -[s]cats0 eqXY ?cats0.
 apply: eq_bigr => a _; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 !mul0r.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 congr (_ * _); apply: IHn => [|u sz_u]; first by rewrite reachable_rcons reach.
 by rewrite cat_rcons; apply: eqXY; rewrite /= sz_u.
 Qed.
@@ -323,7 +350,7 @@ Theorem change_of_measure n s X : reachable b s -> E b n s (fun w => rho w * X w
 Proof.
 elim: n s => //= n IHn s reach; rewrite big_distrr /=; apply: eq_bigr => a _.
 have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 (AC reach a0) !mul0r mulr0.
-have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+have a_gt0 : 0 < b s a by rewrite prob_gt0.
 by rewrite IHn ?reachable_rcons ?reach // rho_rcons -(b_ratio a reach) -!mulrA [LHS]mulrCA.
 Qed.
 
@@ -332,3 +359,5 @@ Lemma next_ratio s (f : A -> R) : reachable b s -> next b s (fun a => ratio s a 
 Proof. by move=> reach; apply: eq_bigr => a _; rewrite mulrA b_ratio. Qed.
 
 End Ratio.
+
+#[global] Hint Resolve reachable_nil : core.

@@ -7,7 +7,7 @@
    are about any archiFieldType, as the rationals and the reals are, all others about any realFieldType. *)
 
 From mathcomp Require Import all_ssreflect all_algebra ring.
-From ctpo Require Import Trees Gradients.
+From ctpo Require Import Trees Expectations Gradients Coins.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -23,32 +23,28 @@ Section Moments.
 Variables (R : realFieldType) (A : finType) (b : policy R A).
 Implicit Types (s w u : seq A) (X Y Z : seq A -> R) (n t : nat).
 
-(* The covariance, and the probability of an event, of strings of n tokens. *)
-Definition Cov n X Y : R := E b n [::] (fun w => X w * Y w) - E b n [::] X * E b n [::] Y.
-Definition Pr n (e : pred (seq A)) : R := E b n [::] (fun w => (e w)%:R).
-
-Lemma eq_Cov n X Y Y' : (forall u, size u = n -> Y u = Y' u) -> Cov n X Y = Cov n X Y'.
+Lemma eq_Cov n X Y Y' : (forall u, size u = n -> Y u = Y' u) -> Cov b n [::] X Y = Cov b n [::] X Y'.
 Proof. by move=> eqY; rewrite /Cov; congr (_ - _ * _); apply: eq_E => u sz_u; rewrite eqY. Qed.
 
-Lemma CovC n X Y : Cov n X Y = Cov n Y X.
+Lemma CovC n X Y : Cov b n [::] X Y = Cov b n [::] Y X.
 Proof. by rewrite /Cov [X in _ - X]mulrC; congr (_ - _); apply: eq_E => u _; rewrite mulrC. Qed.
 
-Lemma Cov_add n X Y Z : Cov n X (fun w => Y w + Z w) = Cov n X Y + Cov n X Z.
+Lemma Cov_add n X Y Z : Cov b n [::] X (fun w => Y w + Z w) = Cov b n [::] X Y + Cov b n [::] X Z.
 Proof.
 have eqXYZ : E b n [::] (fun w => X w * (Y w + Z w)) = E b n [::] (fun w => X w * Y w + X w * Z w).
   by apply: eq_E => u _; rewrite mulrDr.
-by rewrite /Cov eqXYZ !E_add; ring.
+by rewrite /Cov eqXYZ !E_add mulrDr opprD addrACA.
 Qed.
 
-Lemma Cov_opp n X Y : Cov n X (fun w => - Y w) = - Cov n X Y.
+Lemma Cov_opp n X Y : Cov b n [::] X (fun w => - Y w) = - Cov b n [::] X Y.
 Proof.
 have eqXY : E b n [::] (fun w => X w * - Y w) = E b n [::] (fun w => - (X w * Y w)).
   by apply: eq_E => u _; rewrite mulrN.
-by rewrite /Cov eqXY !E_opp; ring.
+by rewrite /Cov eqXY !E_opp mulrN opprB opprK addrC.
 Qed.
 
 Lemma Cov_sum n X (Y : nat -> seq A -> R) m :
-  Cov n X (fun w => \sum_(k < m) Y k w) = \sum_(k < m) Cov n X (Y k).
+  Cov b n [::] X (fun w => \sum_(k < m) Y k w) = \sum_(k < m) Cov b n [::] X (Y k).
 Proof.
 elim: m => [|m IHm].
   have eq0 : E b n [::] (fun w => X w * \sum_(k < 0) Y k w) = 0.
@@ -58,7 +54,7 @@ rewrite big_ord_recr /= -IHm -Cov_add.
 by apply: eq_Cov => u _; rewrite big_ord_recr.
 Qed.
 
-Lemma Var_add n X Y : Var b n [::] (fun w => X w + Y w) = Var b n [::] X + Var b n [::] Y + 2%:R * Cov n X Y.
+Lemma Var_add n X Y : Var b n [::] (fun w => X w + Y w) = Var b n [::] X + Var b n [::] Y + 2%:R * Cov b n [::] X Y.
 Proof.
 have eqXY : E b n [::] (fun w => (X w + Y w) ^+ 2) =
     E b n [::] (fun w => X w ^+ 2 + 2%:R * (X w * Y w) + Y w ^+ 2).
@@ -69,55 +65,39 @@ Qed.
 
 (* The variance of a sum: the variances, and twice the covariances. *)
 Lemma Var_sum n (X : nat -> seq A -> R) m : Var b n [::] (fun w => \sum_(t < m) X t w) =
-  \sum_(t < m) Var b n [::] (X t) + 2%:R * \sum_(t < m) \sum_(k < t) Cov n (X k) (X t).
+  \sum_(t < m) Var b n [::] (X t) + 2%:R * \sum_(t < m) \sum_(k < t) Cov b n [::] (X k) (X t).
 Proof.
 elim: m => [|m IHm].
   have eq0 : E b n [::] (fun w => (\sum_(t < 0) X t w) ^+ 2) = 0.
     by rewrite -[RHS](E0 b n [::]); apply: eq_E => u _; rewrite big_ord0 expr0n.
   by rewrite !big_ord0 mulr0 addr0 /Var eq0 E_sum big_ord0 expr0n subrr.
 have -> : Var b n [::] (fun w => \sum_(t < m.+1) X t w) = Var b n [::] (fun w => \sum_(t < m) X t w + X m w).
-  by rewrite /Var; congr (_ - _ ^+ _); apply: eq_E => u _; rewrite big_ord_recr.
-have cov_m : Cov n (fun w => \sum_(t < m) X t w) (X m) = \sum_(k < m) Cov n (X k) (X m).
+  by apply: eq_Var => u _; rewrite big_ord_recr.
+have cov_m : Cov b n [::] (fun w => \sum_(t < m) X t w) (X m) = \sum_(k < m) Cov b n [::] (X k) (X m).
   by rewrite CovC Cov_sum; apply: eq_bigr => k _; rewrite CovC.
 by rewrite Var_add IHm cov_m !big_ord_recr /= mulrDr [RHS]addrA; congr (_ + _); rewrite addrAC.
 Qed.
 
-(* Only strings that b can write count. *)
-Lemma E_le_reachable n X Y : (forall u, size u = n -> reachable b u -> X u <= Y u) -> E b n [::] X <= E b n [::] Y.
-Proof.
-move=> leXY; pose Z w := if (size w == n) && reachable b w then X w else Y w.
-rewrite (@eq_E_reachable _ _ b n [::] X Z) ?reachable_nil // => [|u sz_u reach].
-  by apply: E_le => w; rewrite /Z; case: ifP => // /andP[/eqP sz_w reach]; apply: leXY.
-by rewrite /Z /= sz_u eqxx reach.
-Qed.
-
-Lemma reachable_take t w : reachable b w -> reachable b (take t w).
-Proof.
-elim/last_ind: w => [|w a IHw] //; rewrite reachable_rcons => /andP[reach a_gt0].
-case: (leqP t (size w)) => [le_tw | lt_wt]; first by rewrite -cats1 takel_cat // IHw.
-by rewrite take_oversize ?size_rcons // reachable_rcons reach.
-Qed.
-
-Lemma Pr_ge0 n e : 0 <= Pr n e.
+Lemma Pr_ge0 n e : 0 <= Pr b n e.
 Proof. by apply: E_ge0 => w; rewrite ler0n. Qed.
 
-Lemma Pr_le n (e f : pred (seq A)) : (forall u, size u = n -> e u -> f u) -> Pr n e <= Pr n f.
+Lemma Pr_le n (e f : pred (seq A)) : (forall u, size u = n -> e u -> f u) -> Pr b n e <= Pr b n f.
 Proof.
 move=> sub; apply: E_le_reachable => u sz_u _.
 by case e_u: (e u); rewrite ?ler0n // sub.
 Qed.
 
-Lemma Pr_not n e : Pr n (fun w => ~~ e w) = 1 - Pr n e.
+Lemma Pr_not n e : Pr b n (fun w => ~~ e w) = 1 - Pr b n e.
 Proof.
 rewrite -(E_const b n [::] 1) /Pr -E_sub.
 by apply: eq_E => u _; case: (e u); rewrite ?subrr ?subr0.
 Qed.
 
-Lemma Pr_le1 n e : Pr n e <= 1.
+Lemma Pr_le1 n e : Pr b n e <= 1.
 Proof. by rewrite -subr_ge0 -Pr_not Pr_ge0. Qed.
 
 (* Markov's inequality for a square, from which Chebyshev's. *)
-Lemma markov_square n X c : 0 < c -> Pr n (fun w => c <= `|X w|) <= E b n [::] (fun w => X w ^+ 2) / c ^+ 2.
+Lemma markov_square n X c : 0 < c -> Pr b n (fun w => c <= `|X w|) <= E b n [::] (fun w => X w ^+ 2) / c ^+ 2.
 Proof.
 move=> c_gt0; have c2_gt0 : 0 < c ^+ 2 by rewrite exprn_gt0.
 rewrite ler_pdivl_mulr // mulrC -E_scale; apply: E_le => w.
@@ -125,29 +105,15 @@ have [le_c|_] := boolP (c <= `|X w|); last by rewrite mulr0 sqr_ge0.
 by rewrite mulr1 -[X w ^+ 2]real_normK ?num_real // ler_expn2r ?nnegrE ?(ltW c_gt0).
 Qed.
 
-Lemma chebyshev n X c : 0 < c -> Pr n (fun w => c <= `|X w - E b n [::] X|) <= Var b n [::] X / c ^+ 2.
+Lemma chebyshev n X c : 0 < c -> Pr b n (fun w => c <= `|X w - E b n [::] X|) <= Var b n [::] X / c ^+ 2.
 Proof. by move=> c_gt0; rewrite Var_centered; apply: markov_square. Qed.
 
-(* The expectation of a token, given what came before. *)
+(* The mean of a token, given what came before. *)
 Lemma E_next n s f : E b n.+1 s (step f (size s)) = next b s (f s).
 Proof.
 rewrite /=; apply: eq_bigr => a _; congr (_ * _).
 rewrite -[RHS](E_past b n (rcons s a) (fun=> f s a)); apply: eq_E => u _.
 by rewrite step_cat ?size_rcons // step_rcons.
-Qed.
-
-Lemma E_known_step H t (Y : seq A -> R) f : (t < H)%N ->
-  E b H [::] (fun w => Y (take t w) * step f t w) = E b t [::] (fun s => Y s * next b s (f s)).
-Proof.
-move=> lt_tH; rewrite (E_split _ _ (ltnW lt_tH)); apply: eq_E => s /= sz_s.
-by rewrite -sz_s E_known -(@prednK (H - _)) ?E_next // subn_gt0 sz_s.
-Qed.
-
-Lemma E_step H t f : (t < H)%N -> E b H [::] (step f t) = E b t [::] (fun s => next b s (f s)).
-Proof.
-move=> lt_tH; have := E_known_step (fun=> 1) f lt_tH.
-rewrite (@eq_E _ _ b H [::] _ (step f t)) => [->|u _]; last by rewrite mul1r.
-by apply: eq_E => u _; rewrite mul1r.
 Qed.
 
 End Moments.
@@ -174,10 +140,7 @@ by apply: eq_bigr => a _; rewrite -mulrDr.
 Qed.
 
 Lemma step_fluctuation t w : (t < size w)%N -> step fluctuation t w = step l t w + kappa (take t w).
-Proof.
-move=> lt_tw; rewrite /step; case def_w: (drop t w) => [|a v] //.
-by move: lt_tw; rewrite -subn_gt0 -size_drop def_w.
-Qed.
+Proof. by move=> /(@take_step R) [a [_ step_a]]; rewrite !step_a. Qed.
 
 (* 7.drift: E_b log rho_t = - sum_{k<t} E_b kappa(s_k), for every t. Each token's mean, given what came before it, is
    -kappa; the law of total expectation adds these up. *)
@@ -205,7 +168,7 @@ Theorem claim_7_drift_gibbs (pi : policy R A) s :
 Proof.
 move=> gibbs; rewrite oppr_ge0; apply: (@le_trans _ _ (\sum_a (pi s a - b s a))).
   apply: ler_sum => a _; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 mul0r subr0 prob_ge0.
-  have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+  have a_gt0 : 0 < b s a by rewrite prob_gt0.
   apply: le_trans (ler_wpmul2l (ltW a_gt0) (gibbs a a_gt0)) _.
   by rewrite mulrBr mulr1 /ratio mulrC divfK.
 by rewrite sumrB !prob_sum1 subrr.
@@ -220,14 +183,14 @@ move=> gibbs [a1 neq1]; rewrite oppr_gt0.
 pose gap a := pi s a - b s a - b s a * l s a.
 have gap_ge0 a : 0 <= gap a.
   rewrite subr_ge0; have [a0 | a_neq0] := eqVneq (b s a) 0; first by rewrite a0 mul0r subr0 prob_ge0.
-  have a_gt0 : 0 < b s a by rewrite lt_def a_neq0 prob_ge0.
+  have a_gt0 : 0 < b s a by rewrite prob_gt0.
   apply: le_trans (ler_wpmul2l (ltW a_gt0) (gibbs a a_gt0)) _.
   by rewrite mulrBr mulr1 /ratio mulrC divfK.
 have sum_gap : \sum_a gap a = - next b s (l s) by rewrite !sumrB !prob_sum1 subrr sub0r.
 rewrite -oppr_gt0 -sum_gap lt_def sumr_ge0 ?andbT //; apply/negP.
 rewrite psumr_eq0 // => /allP gap0; have := gap0 a1 (mem_index_enum _); rewrite /= subr_eq0.
 have [b0 | b_neq0] := eqVneq (b s a1) 0; first by rewrite b0 mul0r subr0 -b0 (negbTE neq1).
-have b_gt0 : 0 < b s a1 by rewrite lt_def b_neq0 prob_ge0.
+have b_gt0 : 0 < b s a1 by rewrite prob_gt0.
 have -> : pi s a1 - b s a1 = b s a1 * (ratio b pi s a1 - 1) by rewrite mulrBr mulr1 /ratio mulrC divfK.
 rewrite (inj_eq (mulfI b_neq0)) eq_sym (gibbs a1 b_gt0) /ratio -[X in _ == X](divff b_neq0).
 by rewrite (inj_eq (divIf b_neq0)) (negbTE neq1).
@@ -235,35 +198,29 @@ Qed.
 
 (* What is known before a token does not covary with its fluctuation. *)
 Lemma Cov_fluctuation H t (Y : seq A -> R) : (t < H)%N -> (forall w, Y (take t w) = Y w) ->
-  Cov b H Y (step fluctuation t) = 0.
+  Cov b H [::] Y (step fluctuation t) = 0.
 Proof.
-move=> lt_tH known; rewrite /Cov E_step // (@eq_E _ _ b t [::] _ (fun=> 0)) => [|u _]; last exact: next_fluctuation.
-rewrite E0 mulr0 subr0.
-rewrite (@eq_E _ _ b H [::] _ (fun w => Y (take t w) * step fluctuation t w)) => [|u _]; last by rewrite known.
-rewrite E_known_step // -[RHS](E0 b t [::]).
-by apply: eq_E => u _; rewrite next_fluctuation mulr0.
+move=> lt_tH known; rewrite /Cov (E_centered lt_tH next_fluctuation) // (E_step0 lt_tH next_fluctuation).
+by rewrite mulr0 subrr.
 Qed.
 
 (* Cov(l_k, l_t) = - Cov(l_k, kappa(s_t)) for tokens k < t: tokens covary only through the divergence that they lead
    to. *)
 Theorem claim_7_variance_covariance H k t : (k < t)%N -> (t < H)%N ->
-  Cov b H (step l k) (step l t) = - Cov b H (step l k) (fun w => kappa (take t w)).
+  Cov b H [::] (step l k) (step l t) = - Cov b H [::] (step l k) (fun w => kappa (take t w)).
 Proof.
 move=> lt_kt lt_tH; apply/eqP; rewrite -subr_eq0 opprK -Cov_add.
 rewrite -(@Cov_fluctuation H t (step l k)) // => [|w]; last exact: step_take.
 by apply/eqP/eq_Cov => u sz_u; rewrite step_fluctuation // sz_u.
 Qed.
 
-Lemma path_sum_all n w : size w = n -> path_sum l w = \sum_(t < n) step l t w.
-Proof. by move=> <-. Qed.
-
 (* Var(log rho_n) = sum_t Var(log r_t) - 2 sum_{k<t} Cov(log r_k, kappa(s_t)). *)
 Theorem claim_7_variance_sum n : Var b n [::] (path_sum l) =
   \sum_(t < n) Var b n [::] (step l t) -
-  2%:R * \sum_(t < n) \sum_(k < t) Cov b n (step l k) (fun w => kappa (take t w)).
+  2%:R * \sum_(t < n) \sum_(k < t) Cov b n [::] (step l k) (fun w => kappa (take t w)).
 Proof.
 transitivity (Var b n [::] (fun w => \sum_(t < n) step l t w)).
-  by rewrite /Var; congr (_ - _ ^+ _); apply: eq_E => u sz_u; rewrite (path_sum_all sz_u).
+  by apply: eq_Var => u sz_u; rewrite (path_sumE l sz_u).
 rewrite Var_sum -mulrN -sumrN; congr (_ + _ * _); apply: eq_bigr => t _.
 rewrite -sumrN; apply: eq_bigr => k _.
 by rewrite claim_7_variance_covariance.
@@ -273,7 +230,7 @@ Qed.
    log r_k with the later divergence kappa(s_t) add up to 0. *)
 Theorem claim_7_variance_criterion n :
   Var b n [::] (path_sum l) = \sum_(t < n) Var b n [::] (step l t) <->
-  \sum_(t < n) \sum_(k < t) Cov b n (step l k) (fun w => kappa (take t w)) = 0.
+  \sum_(t < n) \sum_(k < t) Cov b n [::] (step l k) (fun w => kappa (take t w)) = 0.
 Proof.
 rewrite claim_7_variance_sum; set c := \sum_(t < n) \sum_(k < t) _; split=> [/eqP | ->]; last by rewrite mulr0 subr0.
 by rewrite -subr_eq0 addrC addKr oppr_eq0 mulf_eq0 pnatr_eq0 => /eqP.
@@ -286,7 +243,7 @@ Theorem claim_7_variance_prefix_constant n (kappa_at : nat -> R) :
 Proof.
 move=> const; apply/claim_7_variance_criterion; apply: big1 => t _; apply: big1 => k _; rewrite /Cov.
 have at_t X : E b n [::] (fun w => X w * kappa (take t w)) = E b n [::] (fun w => kappa_at t * X w).
-  apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
+  apply: eq_E_reachable => // u sz_u reach.
   by rewrite const ?size_takel ?sz_u ?(ltnW (ltn_ord t)) ?reachable_take // mulrC.
 have at_t1 : E b n [::] (fun w => kappa (take t w)) = kappa_at t.
   rewrite -[RHS](E_const b n [::]) -[LHS](@eq_E _ _ b n [::] (fun w => 1 * kappa (take t w))) => [|u _].
@@ -304,28 +261,26 @@ Proof. by move=> <-; rewrite /path_sum -big_split; apply: eq_bigr => t _; rewrit
 Lemma Var_fluctuation n : Var b n [::] (path_sum fluctuation) = \sum_(t < n) E b t [::] token_variance.
 Proof.
 transitivity (Var b n [::] (fun w => \sum_(t < n) step fluctuation t w)).
-  by rewrite /Var; congr (_ - _ ^+ _); apply: eq_E => u sz_u; rewrite -sz_u.
+  by apply: eq_Var => u sz_u; rewrite (path_sumE _ sz_u).
 rewrite Var_sum [X in _ * X]big1 => [|t _]; last first.
   by apply: big1 => k _; apply: Cov_fluctuation => // w; apply: step_take.
-rewrite mulr0 addr0; apply: eq_bigr => t _; rewrite /Var E_step // (@eq_E _ _ b t [::] _ (fun=> 0)) => [|u _].
-  rewrite E0 expr0n subr0 -(@E_step _ _ b n t (fun s a => fluctuation s a ^+ 2)) //.
-  by apply: eq_E => u _; rewrite /step; case: drop => //=; rewrite expr0n.
-exact: next_fluctuation.
+rewrite mulr0 addr0; apply: eq_bigr => t _; rewrite /Var (E_step0 (ltn_ord t) next_fluctuation) expr0n.
+by rewrite subr0 (E_token b (ltn_ord t) fluctuation (fun _ x => x ^+ 2)).
 Qed.
 
 (* The whole of it: with K = sum_t kappa(s_t), the martingale M = log rho_n + K, and v(s) the variance of a token's
    log-ratio given its history, Var(log rho_n) = sum_t E_b v(s_t) + Var(K) - 2 Cov(M, K). *)
 Theorem claim_7_variance_decomposition n : Var b n [::] (path_sum l) =
   \sum_(t < n) E b t [::] token_variance + Var b n [::] (kappa_sum n) -
-  2%:R * Cov b n (fun w => path_sum l w + kappa_sum n w) (kappa_sum n).
+  2%:R * Cov b n [::] (fun w => path_sum l w + kappa_sum n w) (kappa_sum n).
 Proof.
 rewrite -Var_fluctuation; set M := fun w => _.
 have eqM : Var b n [::] (path_sum fluctuation) = Var b n [::] M.
-  by rewrite /Var; congr (_ - _ ^+ _); apply: eq_E => u sz_u; rewrite (path_sum_fluctuation sz_u).
+  by apply: eq_Var => u sz_u; rewrite (path_sum_fluctuation sz_u).
 have eqN : Var b n [::] (kappa_sum n) = Var b n [::] (fun w => - kappa_sum n w).
   by rewrite /Var E_opp sqrrN; congr (_ - _); apply: eq_E => u _; rewrite sqrrN.
-rewrite eqM eqN -mulrN -Cov_opp -Var_add /Var.
-by congr (_ - _ ^+ _); apply: eq_E => u _; rewrite /M addrK.
+rewrite eqM eqN -mulrN -Cov_opp -Var_add.
+by apply: eq_Var => u _; rewrite /M addrK.
 Qed.
 
 End Drift.
@@ -473,12 +428,7 @@ Proof. by rewrite -(E_const b t [::] v); apply: E_le_reachable => u _; apply: v_
 
 Lemma fluctuation_square n : E b n [::] (fun w => path_sum (fluctuation b l) w ^+ 2) <= v * n%:R.
 Proof.
-have mean0 : E b n [::] (path_sum (fluctuation b l)) = 0.
-  transitivity (E b n [::] (fun w => \sum_(t < n) step (fluctuation b l) t w)).
-    by apply: eq_E => u sz_u; rewrite (path_sum_all _ sz_u).
-  rewrite E_sum; apply: big1 => t _; rewrite E_step // -[RHS](E0 b t [::]).
-  by apply: eq_E => u _; apply: next_fluctuation.
-have := Var_fluctuation b l n; rewrite /Var mean0 expr0n subr0 => ->.
+have := Var_fluctuation b l n; rewrite /Var (E_score n (next_fluctuation b l)) expr0n subr0 => ->.
 rewrite mulr_natr -[X in _ *+ X]card_ord -sumr_const; apply: ler_sum => t _; exact: reachable_token_variance.
 Qed.
 
@@ -617,7 +567,7 @@ Qed.
 (* 7.pi_mass: what a window takes of the weights rho_n is the share of the strings that it clips under pi. *)
 Theorem claim_7_pi_mass_share n (clipped : pred (seq A)) : absolutely_continuous b pi ->
   E b n [::] (fun w => rho b pi w * (clipped w)%:R) = Pr pi n clipped.
-Proof. by move=> AC; rewrite change_of_measure ?reachable_nil // rho_nil mul1r. Qed.
+Proof. by move=> AC; rewrite E_rho_times. Qed.
 
 End Rates.
 
@@ -638,57 +588,29 @@ Qed.
 
 (* --- 7.superlinear and the sign of 7.third_policy: coins whose ratios are powers of two --------------------------- *)
 
-Section Coins.
+Section HotAndCold.
 
 Variable R : realFieldType.
 
-(* Two tokens; the probability of the token true after history s is p s. *)
-Definition coin (p : seq bool -> R) (s : seq bool) (a : bool) : R := if a then p s else 1 - p s.
-
-Lemma coin_ge0 p : (forall s, 0 <= p s <= 1) -> forall s a, 0 <= coin p s a.
-Proof. by move=> p01 s [|] /=; have /andP[ge0 le1] := p01 s; rewrite ?subr_ge0. Qed.
-
-Lemma coin_sum1 p s : \sum_(a : bool) coin p s a = 1.
-Proof. by rewrite big_bool /= addrC subrK. Qed.
-
-Definition coins p (p01 : forall s, 0 <= p s <= 1) := Policy (coin_ge0 p01) (coin_sum1 p).
-
-Lemma third01 : 0 <= (1%:R / 3%:R : R) <= 1.
-Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
-
-Lemma two_thirds01 : 0 <= (2%:R / 3%:R : R) <= 1.
-Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
-
-Lemma half01 : 0 <= (1%:R / 2%:R : R) <= 1.
-Proof. by rewrite divr_ge0 ?ler0n //= ler_pdivr_mulr ?ltr0n // mul1r ler_nat. Qed.
-
-(* A first token, written with the same probabilities by both policies, decides whether the string is hot (b tosses a
+(* The first token, written with the same probabilities by both policies, decides whether the string is hot (b tosses a
    coin of 1/3, pi one of 2/3, for ever) or cold (both toss a fair one). *)
-Definition hot (s : seq bool) := head false s.
-Definition hot_or_cold (p : R) (s : seq bool) : R := if hot s then p else 1%:R / 2%:R.
-
-Lemma hot_or_cold01 p : 0 <= p <= 1 -> forall s, 0 <= hot_or_cold p s <= 1.
-Proof. by move=> p01 s; rewrite /hot_or_cold; case: hot; rewrite ?half01. Qed.
-
-Definition hot_b := coins (hot_or_cold01 third01).
-Definition hot_pi := coins (hot_or_cold01 two_thirds01).
-Definition hot_log2 (s : seq bool) (a : bool) : int := if hot s then (if a then 1 else -1) else 0.
+Definition third01 : 0 <= (1%:R / 3%:R : R) <= 1 := @fraction01 R 1 3 isT.
+Definition two_thirds01 : 0 <= (2%:R / 3%:R : R) <= 1 := @fraction01 R 2 3 isT.
+Definition hot_b := coins (hot_or_cold01 (half01 R) third01).
+Definition hot_pi := coins (hot_or_cold01 (half01 R) two_thirds01).
+Definition hot_log2 (s : seq bool) (a : bool) : int := if head false s then (if a then 1 else -1) else 0.
 
 Let log2 s a : R := (hot_log2 s a)%:~R.
 
 Lemma hot_ratio s a : ratio hot_b hot_pi s a = 2%:R ^ hot_log2 s a.
 Proof.
-rewrite /ratio /hot_log2 /= /coin /hot_or_cold; case: hot; case: a; rewrite ?expr1z ?exprN1 ?expr0z.
-- by field.
-- by field.
-- by rewrite divff // mulf_neq0 ?invr_eq0 ?pnatr_eq0.
-by field.
+by rewrite /ratio /hot_log2 /= /coin; case: s => [|[] s]; case: a; rewrite /= ?expr1z ?exprN1 ?expr0z; field.
 Qed.
 
 Lemma hot_mean n h s : E hot_b n (h :: s) (path_sum log2) = path_sum log2 (h :: s) - h%:R * n%:R / 3%:R.
 Proof.
 elim: n s => [|n IHn] s; first by rewrite mulr0 mul0r subr0.
-rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /hot_or_cold /=.
+rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /=.
 by case: h {IHn} => /=; rewrite -[n.+1]addn1 natrD ?mulr1z ?mulrN1z ?mulr0z; field.
 Qed.
 
@@ -696,7 +618,7 @@ Lemma hot_square n h s : E hot_b n (h :: s) (fun w => path_sum log2 w ^+ 2) =
   (path_sum log2 (h :: s) - h%:R * n%:R / 3%:R) ^+ 2 + h%:R * 8%:R * n%:R / 9%:R.
 Proof.
 elim: n s => [|n IHn] s; first by rewrite /= !mulr0 !mul0r subr0 addr0.
-rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /hot_or_cold /=.
+rewrite /= big_bool !IHn -!rcons_cons !path_sum_rcons /log2 /hot_log2 /coin /=.
 by case: h {IHn} => /=; rewrite -[n.+1]addn1 natrD ?mulr1z ?mulrN1z ?mulr0z; field.
 Qed.
 
@@ -707,7 +629,7 @@ Theorem claim_7_superlinear_every_n :
   forall n, Var hot_b n.+1 [::] (path_sum (fun s a => (hot_log2 s a)%:~R)) = 4%:R * n%:R / 9%:R + n%:R ^+ 2 / 36%:R.
 Proof.
 split=> [|n]; first exact: hot_ratio.
-rewrite /Var /= !big_bool !hot_mean !hot_square /coin /hot_or_cold /=.
+rewrite /Var /= !big_bool !hot_mean !hot_square /coin /=.
 have zero a : path_sum log2 [:: a] = 0 by rewrite -[[:: a]]/(rcons [::] a) path_sum_rcons path_sum_nil addr0.
 by rewrite !zero; field.
 Qed.
@@ -729,7 +651,7 @@ rewrite /= big_bool !IHn !path_sum_rcons /coin /l /= -[n.+1]addn1 natrD mulr1z m
 by ring.
 Qed.
 
-End Coins.
+End HotAndCold.
 
 (* --- 13: a target that depends on a sample ------------------------------------------------------------------------ *)
 
@@ -746,8 +668,7 @@ Theorem claim_13_independent (Z : finType) (q : Z -> R) (target : Z -> policy R 
 Proof.
 move=> q1 AC le_tH; rewrite -[RHS]q1; apply: eq_bigr => z _.
 have [-> | q_neq0] := eqVneq (q z) 0; first by rewrite mul0r.
-rewrite E_prefix // (@eq_E _ _ b t [::] _ (fun w => rho b (target z) w * 1)) => [|u _]; last by rewrite mulr1.
-by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil E_const !mulr1.
+by rewrite (E_prefix b (rho b (target z)) le_tH) (E_rho (AC z q_neq0)) // rho_nil mulr1.
 Qed.
 
 (* ... and an importance-weighted mean of anything, a gradient at the target among them, is its mean over the target's
@@ -757,7 +678,7 @@ Theorem claim_13_independent_unbiased (Z : finType) (q : Z -> R) (target : Z -> 
   \sum_z q z * E b n [::] (fun w => rho b (target z) w * X z w) = \sum_z q z * E (target z) n [::] (X z).
 Proof.
 move=> AC; apply: eq_bigr => z _; have [-> | q_neq0] := eqVneq (q z) 0; first by rewrite !mul0r.
-by rewrite (change_of_measure (AC z q_neq0)) ?reachable_nil // rho_nil mul1r.
+by rewrite (E_rho_times (AC z q_neq0)).
 Qed.
 
 (* 13.own: the target is a function of the string itself. Then E rho adds up the probability of each string under the
@@ -765,12 +686,8 @@ Qed.
 Theorem claim_13_own_mean (target : seq A -> policy R A) n :
   E b n [::] (fun w => rho b (target w) w) = \sum_(u : n.-tuple A | reachable b u) string_prob (target u) u.
 Proof.
-rewrite E_big [RHS]big_mkcond; apply: eq_bigr => u _ /=.
-have -> : \prod_(t < n) step b (0 + t) u = string_prob b u.
-  by rewrite /string_prob /path_prod size_tuple; apply: eq_bigr => t _.
-case: ifP => [reach | not_reach]; last first.
-  have := string_prob_ge0 b u; rewrite le_eqVlt -/(reachable b u) not_reach orbF => /eqP <-.
-  by rewrite mul0r.
+rewrite E_strings [RHS]big_mkcond; apply: eq_bigr => u _ /=.
+case: ifP => [reach | /negbT/unreachable->]; last by rewrite mul0r.
 by rewrite rho_string_prob // mulrC divfK // gt_eqF.
 Qed.
 
@@ -783,7 +700,7 @@ Proof.
 move=> more [u0 [sz_u0 reach0 lt0]].
 have one : \sum_(u : n.-tuple A | reachable b u) string_prob b u = 1.
   rewrite -(claim_13_own_mean (fun=> b)) -[RHS](E_const b n [::]).
-  apply: eq_E_reachable => [|u _ reach]; first exact: reachable_nil.
+  apply: eq_E_reachable => // u _ reach.
   by rewrite rho_string_prob // divff // gt_eqF.
 rewrite claim_13_own_mean -one; have /eqP sz := sz_u0.
 rewrite (bigD1 (Tuple sz)) //= [X in _ < X](bigD1 (Tuple sz)) //=; apply: ltr_le_add => //.
@@ -798,7 +715,7 @@ Theorem claim_13_spread_own n (l : nat -> seq A -> R) (X : seq A -> R) :
   Var b n [::] (fun w => \sum_(t < n) l t w) = n%:R ^+ 2 * Var b n [::] X.
 Proof.
 move=> same; have eqE m : E b n [::] (fun w => (\sum_(t < n) l t w) ^+ m) = n%:R ^+ m * E b n [::] (fun w => X w ^+ m).
-  rewrite -E_scale; apply: eq_E_reachable => [|u sz_u reach]; first exact: reachable_nil.
+  rewrite -E_scale; apply: eq_E_reachable => // u sz_u reach.
   rewrite -exprMn (eq_bigr (fun=> X u)) => [|t _]; first by rewrite sumr_const card_ord mulr_natl.
   exact: same.
 have eqE1 : E b n [::] (fun w => \sum_(t < n) l t w) = n%:R * E b n [::] X by have := eqE 1%N; rewrite expr1.
