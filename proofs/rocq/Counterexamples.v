@@ -303,7 +303,7 @@ Ltac solve_padded := split_all; solve_tree add_fractions_without_zeros.
 (* --- strictness --------------------------------------------------------------------------------------------------- *)
 
 (* The policies differ after a first token 0, which b writes and pi never does: pi's variance stops growing. *)
-Theorem claim_1s_strict_equality (b := coins (1 // 2)) (pi := two_tokens (1 // 1) (9 // 10) (1 // 2)) :
+Theorem claim_1s_strict_example (b := coins (1 // 2)) (pi := two_tokens (1 // 1) (9 // 10) (1 // 2)) :
   [/\ Var b 1 [::] (rho b pi) = 1%:R (* Var rho_1 *),
       Var b 2 [::] (rho b pi) = 1%:R (* Var rho_2 *) &
       Var b 2 [::] (step (ratio b pi) 1) = 8%:R / 25%:R (* Var r_2 *)].

@@ -214,16 +214,17 @@ rewrite -E_sub -E_opp; apply: eq_E => w /= sz_w; rewrite /path_sum sz_w -sumrB -
 by rewrite /kept; case: (clipped _ _); rewrite ?(mulr0, mulr1, sub0r, subrr, oppr0).
 Qed.
 
-(* Under the ratio of the sequence any function of the whole string may decide. *)
-Theorem claim_6_clip_identity_sequence f (clipped : nat -> seq A -> bool) :
-  E b H [::] (fun w => \sum_(t < size w) rho b pi w * step f t w * (~~ clipped t w)%:R) - E pi H [::] (path_sum f) =
-  - E pi H [::] (fun w => \sum_(t < size w) step f t w * (clipped t w)%:R).
+(* Under the ratio of the sequence any function of the whole string may decide, and the advantage in f_t may be any. *)
+Theorem claim_6_clip_identity_sequence (f : nat -> seq A -> R) (clipped : nat -> seq A -> bool) :
+  E b H [::] (fun w => \sum_(t < size w) rho b pi w * f t w * (~~ clipped t w)%:R) -
+  E pi H [::] (fun w => \sum_(t < size w) f t w) =
+  - E pi H [::] (fun w => \sum_(t < size w) f t w * (clipped t w)%:R).
 Proof.
-transitivity (E b H [::] (fun w => rho b pi w * \sum_(t < size w) step f t w * (~~ clipped t w)%:R) -
-              E pi H [::] (path_sum f)).
+transitivity (E b H [::] (fun w => rho b pi w * \sum_(t < size w) f t w * (~~ clipped t w)%:R) -
+              E pi H [::] (fun w => \sum_(t < size w) f t w)).
   by congr (_ - _); apply: eq_E => w _; rewrite big_distrr /=; apply: eq_bigr => t _; rewrite mulrA.
 rewrite E_rho_times // -E_sub -E_opp; apply: eq_E => w _.
-rewrite /path_sum -sumrB -sumrN; apply: eq_bigr => t _.
+rewrite -sumrB -sumrN; apply: eq_bigr => t _.
 by case: (clipped _ _); rewrite ?(mulr0, mulr1, sub0r, subrr, oppr0).
 Qed.
 

@@ -395,7 +395,7 @@ rewrite E_at // E_const mulr1 rho_string_prob // => <-.
 by rewrite mulrC mulKf // lt0r_neq0.
 Qed.
 
-(* 1.optimal: rho_t itself is such a weight, and under (AC) so is every weight with E_b [w | F_t] = rho_t. *)
+(* 1.optimal: under (AC) every weight with E_b [w | F_t] = rho_t is such a weight ... *)
 Theorem claim_1_optimal_corrects w : absolutely_continuous b pi ->
   (forall s, size s = t -> reachable b s -> E b (H - t) s w = rho b pi s) -> corrects w.
 Proof.
@@ -407,7 +407,16 @@ transitivity (E b t [::] (fun s => rho b pi s * f s)).
 by rewrite E_rho_times.
 Qed.
 
+(* ... and rho_t itself is one. *)
+Theorem claim_1_optimal_rho : absolutely_continuous b pi -> corrects (fun u => rho b pi (take t u)).
+Proof.
+move=> AC; apply: claim_1_optimal_corrects => // s sz_s _.
+by rewrite -[RHS](E_past b (H - t) s (rho b pi)) sz_s.
+Qed.
+
 (* Weights with the conditional mean rho_t; by claim_1_optimal all that correct the functions of the first t tokens. *)
+Section GivenMean.
+
 Variable w : seq A -> R.
 Hypothesis mean_w : forall s, size s = t -> reachable b s -> E b (H - t) s w = rho b pi s.
 
@@ -447,6 +456,14 @@ rewrite -[RHS]addr0; congr (_ + _); rewrite -[RHS](E0 b H [::]).
 apply: eq_E_reachable => // u sz_u reach.
 by rewrite same // subrr mul0r expr0n.
 Qed.
+
+End GivenMean.
+
+(* 1.optimal, in one sentence: of all weights that correct the functions of the first t tokens, rho_t has the least
+   variance, whatever function of them it multiplies. *)
+Theorem claim_1_optimal_among_unbiased w f : corrects w ->
+  Var b H [::] (fun u => rho b pi (take t u) * f (take t u)) <= Var b H [::] (fun u => w u * f (take t u)).
+Proof. by move=> unbiased; apply: claim_1_optimal_variance => s sz_s reach; apply: claim_1_optimal sz_s reach. Qed.
 
 End Optimal.
 

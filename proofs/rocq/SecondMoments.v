@@ -453,7 +453,7 @@ Qed.
 End VarianceRatio.
 
 (* The ratio of the variances, where every history that pi can write has chi2 = d. Tokens may depend on each other. *)
-Theorem claim_2r_bounds_variance (R : realFieldType) (A : finType) (b pi : policy R A) (d : R) H t :
+Theorem claim_2r_bounds_ratio (R : realFieldType) (A : finType) (b pi : policy R A) (d : R) H t :
   absolutely_continuous b pi -> (forall s, reachable pi s -> chi2 b pi s = d) -> (t <= H)%N ->
   Var b H [::] (rho b pi) / Var b H [::] (fun w => rho b pi (take t w)) = variance_ratio d H t.
 Proof.
