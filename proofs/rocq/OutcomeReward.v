@@ -89,6 +89,26 @@ rewrite claim_4_expectation policy_gradient_action_value -sumrB; apply: eq_bigr 
 by rewrite -E_sub; apply: eq_E => w _; rewrite step_sub mulrBr.
 Qed.
 
+(* 4.variance, what is true:  Var_b(rho_t g_t Q^pi(s_t, a_t)) <= Var_b(rho_H g_t R).  The left side is the conditional
+   expectation of the right one given the tokens up to this one (Rao-Blackwell). *)
+Theorem claim_4_variance_action_value g reward t : (t < H)%N ->
+  Var b H [::] (fun w => rho (take t.+1 w) * (step g t w * step (action_value H reward pi) t w)) <=
+  Var b H [::] (fun w => rho w * (step g t w * reward w)).
+Proof.
+move=> lt_tH; set X := fun w => rho w * (step g t w * reward w); pose M s := E b (H - t.+1) s X.
+have M_eq w : size w = H -> reachable b w ->
+    rho (take t.+1 w) * (step g t w * step (action_value H reward pi) t w) = M (take t.+1 w).
+  move=> sz_w reach; have sz : size (take t.+1 w) = t.+1 by rewrite size_takel ?sz_w.
+  rewrite /M /X change_of_measure ?reachable_take //; congr (_ * _).
+  rewrite step_action_value ?sz_w // /value sz -E_scale; apply: eq_E => u _.
+  by rewrite step_cat ?sz // step_take.
+rewrite [leLHS](_ : _ = Var b H [::] (fun w => M (take t.+1 w))); last first.
+  by congr (_ - _ ^+ 2); apply: eq_E_reachable => // w sz_w reach; rewrite M_eq.
+rewrite /Var (E_prefix b (fun s => M s ^+ 2)) // (E_prefix b M) // -(E_split b X lt_tH) ler_add2r.
+rewrite [leRHS](E_split _ _ lt_tH).
+by apply: E_le => s; have := Var_ge0 b (H - t.+1) s X; rewrite /Var subr_ge0.
+Qed.
+
 (* The last token has no bias: nothing is left for b to write. *)
 Theorem claim_4_expectation_last g reward t : t.+1 = H ->
   E b H [::] (fun w => rho (take t.+1 w) * (step g t w * reward w)) =

@@ -279,8 +279,8 @@ Definition ratio s a : R := pi s a / b s a.
 Definition rho s : R := path_prod ratio s.
 Definition chi2 s : R := \sum_(a : A) pi s a ^+ 2 / b s a - 1.
 
-(* (AC), absolute continuity: pi writes no token that b never writes, where b can get to. It speaks of histories of every
-   length, which costs nothing where strings have H tokens: let pi be b after that. *)
+(* (AC), absolute continuity: pi writes no token that b never writes, where b can get to. It speaks of histories of
+   every length, which costs nothing where strings have H tokens: let pi be b after that. *)
 Definition absolutely_continuous := forall s a, reachable b s -> b s a = 0 -> pi s a = 0.
 
 Lemma string_prob_rcons (p : policy R A) s a : string_prob p (rcons s a) = string_prob p s * p s a.
