@@ -256,7 +256,7 @@ Proof. by move=> le_tH; apply: Var_rho_le. Qed.
 End CumulativeRatio.
 
 (* T1, variance of the summed gradient: where the scores of different tokens are orthogonal (logits of their own for
-   each position or prefix) the cross terms drop out of the trace, as claim_5_orthogonal says of any orthogonal terms. *)
+   each position or prefix) the cross terms drop out of the trace, as claim_5_orthogonal says of orthogonal terms. *)
 Section SummedVariance.
 
 Variables (R : realFieldType) (A : finType) (b pi : policy R A) (I : finType) (g : I -> seq A -> A -> R) (H : nat).
