@@ -58,7 +58,7 @@ Theorem claim_1_log_example (b := two_tokens (4 // 5) (2 // 3) (1 // 2)) (pi := 
   Var b 2 [::] (path_sum (fun s a => (log_ratio s a)%:~R)) = 524%:R / 225%:R (* Var log2 rho_2 *).
 Proof.
 split; last by solve_all.
-by case=> [|[] ?] []; rewrite -?exprnN -?exprnP /ratio /= /binary_prob /probability /=; field.
+by case=> [|[] ?] []; rewrite -?exprnN -?exprnP /ratio /= /Coins.coin /probability /=; field.
 Qed.
 
 (* --- strictness --------------------------------------------------------------------------------------------------- *)
@@ -111,7 +111,7 @@ Theorem claim_3_token_sign (b := two_tokens (1 // 5) (1 // 2) (1 // 2)) (pi := t
       E b 2 [::] (weighted_sum 2 (mean_root b pi root) f) = 0%:R (* rho_t^(1/t) *)].
 Proof.
 split; last by solve_all.
-by case=> [|[] ?] []; split=> //; rewrite /ratio /= /binary_prob /probability /=; field.
+by case=> [|[] ?] []; split=> //; rewrite /ratio /= /Coins.coin /probability /=; field.
 Qed.
 
 (* Six weights on one shared logit, with the exact A^pi and with the outcome reward. *)
@@ -134,7 +134,7 @@ Theorem claim_3_table (b := coins (1 // 5)) (pi := coins (4 // 5)) (reward := bo
           E b 2 [::] (fun w => path_sum g w * reward w) = 2%:R / 125%:R (* none with R *)]].
 Proof.
 split; try by solve_all.
-by move=> s []; split=> //; rewrite /ratio /= /binary_prob /probability /=; field.
+by move=> s []; split=> //; rewrite /ratio /= /Coins.coin /probability /=; field.
 Qed.
 
 (* In that world rho_2^(1/2) makes of b the uniform law of the four strings, scaled by Z < 1. *)

@@ -7,6 +7,7 @@
 From Coq Require Import QArith Lia.
 From mathcomp Require Import all_ssreflect all_algebra ssrZ ring.
 From ctpo Require Import Trees Gradients.
+From ctpo Require Coins.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -167,28 +168,10 @@ Notation "n // d" := (@Chance n d isT) (at level 40).
 Definition probability (c : chance) : rat := (part c)%:R / (whole c)%:R.
 
 Lemma probability01 c : 0 <= probability c <= 1.
-Proof.
-case: c => n d le_nd; rewrite /probability divr_ge0 ?ler0n //=.
-case: d le_nd => [|d] le_nd; first by rewrite invr0 mulr0.
-by rewrite ler_pdivr_mulr ?ltr0n // mul1r ler_nat.
-Qed.
+Proof. exact/Coins.fraction01/part_whole. Qed.
 
 (* Writes token 1 with probability one s after history s. *)
-Section Binary.
-
-Variable one : seq bool -> chance.
-
-Definition binary_prob s a : rat := if a then probability (one s) else 1 - probability (one s).
-
-Lemma binary_prob_ge0 s a : 0 <= binary_prob s a.
-Proof. by case: a => /=; case/andP: (probability01 (one s)) => // _; rewrite subr_ge0. Qed.
-
-Lemma binary_prob_sum1 s : \sum_(a : bool) binary_prob s a = 1.
-Proof. by rewrite big_bool /= addrC subrK. Qed.
-
-Definition binary : binary_policy := Policy binary_prob_ge0 binary_prob_sum1.
-
-End Binary.
+Definition binary (one : seq bool -> chance) : binary_policy := Coins.coins (fun s => probability01 (one s)).
 
 (* Independent tokens, and two tokens: the probabilities of token 1 first, after 0 and after 1. *)
 Definition coins q : binary_policy := binary (fun=> q).
@@ -428,7 +411,7 @@ Ltac rewrite_tree :=
     ?position_logit_tree.
 Ltac unfold_estimator := unfold_strings; repeat (progress rewrite_tree; unfold_strings).
 Ltac unfold_policies :=
-  lazy beta iota zeta delta [mean_of rcons prob binary binary_prob coins two_tokens stop_or_go probability part whole].
+  lazy beta iota zeta delta [mean_of rcons prob binary Coins.coins Coins.coin coins two_tokens stop_or_go probability part whole].
 (* The numeral that an expression is. *)
 Ltac numeral x :=
   lazymatch x with
