@@ -31,6 +31,24 @@ Theorem claim_1_support_order (b := two_tokens (1 // 2) (1 // 1) (1 // 1))
   Var b 2 [::] (rho b pi) = 1%:R / 16%:R (* Var rho_2 *).
 Proof. solve_all. Qed.
 
+(* One of three tokens, from a sampler that cuts the least likely one off. The mean ratio is 1 only if both policies are
+   scored after the cut, or, with the policies as they were before it, if they are the same. *)
+Theorem claim_1_support_scored_after_cut (b := @one_of_three 5 3 2 isT) (pi := @one_of_three 8 7 5 isT)
+    (b_cut := @one_of_three 5 3 0 isT) (pi_cut := @one_of_three 8 7 0 isT)
+    (is_cut := fun p q : policy rat_realFieldType [finType of 'I_3] =>
+       forall h c, q h c = if (c < 2)%N then p h c / \sum_(x : 'I_3 | (x < 2)%N) p h x else 0) :
+  is_cut b b_cut /\ is_cut pi pi_cut /\
+  [/\ E b_cut 1 [::] (rho b_cut pi) = 3%:R / 4%:R (* sampler alone *),
+      E b_cut 1 [::] (rho b pi) = 15%:R / 16%:R (* neither *),
+      E b_cut 1 [::] (rho b b) = 1%:R (* neither, pi = b *) &
+      E b_cut 1 [::] (rho b_cut pi_cut) = 1%:R (* both *)].
+Proof.
+rewrite {}/is_cut; split; last split.
+- by move=> h [[|[|[]]] lt_c] //; rewrite big_mkcond big_three /= /three_prob /=; compute_number.
+- by move=> h [[|[|[]]] lt_c] //; rewrite big_mkcond big_three /= /three_prob /=; compute_number.
+by split; rewrite /= big_three !rho_one_token /ratio /= /three_prob /=; compute_number.
+Qed.
+
 (* Among the strings that go on after t tokens the mean ratio is not 1, and its variance falls. *)
 Theorem claim_1_survivors_example (b := stop_or_go (1 // 2) (1 // 2)) (pi := stop_or_go (3 // 4) (1 // 2))
     (alive := fun t w => all (fun a => a) (take t w)) :
@@ -97,6 +115,18 @@ Theorem claim_2_product_constant_chi2 (b := two_tokens (1 // 2) (1 // 2) (4 // 5
   marginal_product b pi 2 = 9%:R / 16%:R (* product formula *).
 Proof. solve_all. Qed.
 
+(* --- the growth of the variance ----------------------------------------------------------------------------------- *)
+
+(* Five independent tokens: the last variance as a multiple of that of t tokens, and what the growth per token and the
+   number of tokens alone would give. *)
+Theorem claim_2r_limit_five_tokens (b := coins (1 // 2)) (pi := coins (3 // 4)) (d := chi2 b pi [::])
+    (growth := fun t => Var b 5 [::] (rho b pi) / Var b t [::] (rho b pi)) :
+  [/\ growth 1%N = 2101%:R / 256%:R (* t = 1 *), growth 2%N = 2101%:R / 576%:R (* t = 2 *),
+      growth 3%N = 2101%:R / 976%:R (* t = 3 *), growth 4%N = 2101%:R / 1476%:R (* t = 4 *) &
+      growth 5%N = 1%:R (* t = 5 *)] /\
+  (1 + d) ^+ (5 - 1) = 625%:R / 256%:R (* (1+d)^(H-t) at t = 1 *) /\ (5%:R : rat) / 1%:R = 5%:R (* H/t at t = 1 *).
+Proof. solve_all. Qed.
+
 (* --- the other ratios with the exact A^pi ------------------------------------------------------------------------- *)
 
 (* R(11) = 1, R(01) = -1: the token ratio's gradient has the wrong sign, the two length-normalized ones' is 0. *)
@@ -146,6 +176,18 @@ Theorem claim_3_gspo_example (b := coins (1 // 5))
       q [:: true; false] = 1%:R / 4%:R (* q(10) *) & q [:: true; true] = 1%:R / 4%:R (* q(11) *)].
 Proof. solve_all. Qed.
 
+(* All that differs is the first token, all that is worth something the second: with the exact A^pi the token ratio's
+   gradient, over both logits of each softmax, varies 16 times as much as the cumulative ratio's. *)
+Theorem claim_T1_noisy_token_ratio (b := two_tokens (4 // 5) (1 // 2) (1 // 2))
+    (pi := two_tokens (1 // 5) (1 // 2) (1 // 2)) (reward := fun w => token 0 w * (2%:R * token 1 w - 1))
+    (f := fun k x s a => prefix_logit k x pi s a * advantage 2 reward pi s a)
+    (total := fun weight => \sum_(k <- [:: [::]; [:: false]; [:: true]])
+       (Var b 2 [::] (weighted_sum 2 weight (f k false)) + Var b 2 [::] (weighted_sum 2 weight (f k true)))) :
+  [/\ total (token_ratio b pi) = 2%:R / 25%:R (* r_t *),
+      total (cumulative_ratio b pi) = 1%:R / 200%:R (* rho_t *) &
+      total (sequence_ratio b pi) = 1%:R / 200%:R (* rho_H *)].
+Proof. by rewrite {}/total !big_cons !big_nil; solve_all. Qed.
+
 (* --- effective sample size ---------------------------------------------------------------------------------------- *)
 
 (* The batch {10, 01}: its effective sample size rises. *)
@@ -158,4 +200,11 @@ Theorem claim_8_population_example (b := coins (1 // 2)) (pi := coins (3 // 4))
     (ess := fun t => 1 / E b t [::] (fun w => rho b pi w ^+ 2)) :
   [/\ ess 1%N = 4%:R / 5%:R (* t = 1 *), ess 2%N = 16%:R / 25%:R (* t = 2 *), ess 3%N = 64%:R / 125%:R (* t = 3 *) &
       ess 4%N = 256%:R / 625%:R (* t = 4 *)].
+Proof. solve_all. Qed.
+
+(* The expected effective sample size of a batch of two, which falls. *)
+Theorem claim_8_batch_expected (b := coins (1 // 2)) (pi := coins (3 // 4))
+    (ess := fun t => pair_mean b t (fun u v => pair_ess (rho b pi u) (rho b pi v))) :
+  [/\ ess 1%N = 9%:R / 5%:R (* t = 1 *), ess 2%N = 349%:R / 205%:R (* t = 2 *) &
+      ess 3%N = 24501%:R / 14965%:R (* t = 3 *)].
 Proof. solve_all. Qed.

@@ -188,6 +188,9 @@ Definition stop_or_go q q1 : binary_policy :=
 Definition shared_logit p := softmax_score p (fun=> tt) tt true.
 Definition position_logit (t : nat) p := softmax_score p size t true.
 
+(* The score in the logit of token x of the softmax after prefix k. *)
+Definition prefix_logit k x p := softmax_score p id k x.
+
 Section Weights.
 
 Variables b pi : binary_policy.
@@ -276,6 +279,13 @@ Definition one_of_three : policy rat_realFieldType [finType of 'I_3] := Policy t
 
 End OneOfThree.
 
+Lemma big_three (F : 'I_3 -> rat) :
+  \sum_c F c = F (@Ordinal 3 0 isT) + F (@Ordinal 3 1 isT) + F (@Ordinal 3 2 isT).
+Proof. by rewrite !big_ord_recl big_ord0 addr0 addrA; congr (F _ + F _ + F _); apply: val_inj. Qed.
+
+Lemma rho_one_token (A : finType) (b pi : policy rat_realFieldType A) x : rho b pi [:: x] = ratio b pi [::] x.
+Proof. by rewrite -[[:: x]]/(rcons [::] x) rho_rcons rho_nil mul1r. Qed.
+
 Lemma gradient_one_token (A : finType) (q : policy rat_realFieldType A) g reward :
   gradient q g 1 reward = \sum_(x : A) q [::] x * g [::] x * reward [:: x].
 Proof.
@@ -348,6 +358,20 @@ Proof. by rewrite /shared_logit /softmax_score eqxx mul1r eqb_id. Qed.
 Lemma position_logit_tree t p s a : position_logit t p s a = (if eqn (size s) t then a%:R - p s true else 0).
 Proof. by rewrite /position_logit /softmax_score eqb_id -eqnE; case: eqn; rewrite ?mul1r ?mul0r. Qed.
 
+Fixpoint same_string s k : bool :=
+  match s, k with
+  | [::], [::] => true
+  | a :: s', x :: k' => if a then x && same_string s' k' else ~~ x && same_string s' k'
+  | _, _ => false
+  end.
+
+Lemma same_stringE s k : same_string s k = (s == k).
+Proof. by elim: s k => [|a s IHs] [|x k] //=; rewrite IHs eqseq_cons; case: a x => [] []. Qed.
+
+Lemma prefix_logit_tree k x p s a :
+  prefix_logit k x p s a = (if same_string s k then ((if a then x else ~~ x) : bool)%:R - p s x else 0).
+Proof. by rewrite /prefix_logit /softmax_score same_stringE; case: eqP => _; case: a x => [] []; rewrite ?mul1r ?mul0r. Qed.
+
 (* The gradient by the product rule: the score of each token times what is expected after it. *)
 Section Slope.
 
@@ -404,11 +428,11 @@ Proof. by move=> X_v; rewrite /Var (mean_of_values p (fun x => x ^+ 2) X_v) (E_v
 Ltac unfold_strings := lazy beta iota zeta delta [
   Var mean_given Var_given pair_mean pair_ess tree_E tree_prod first_sum first_product tree_value tree_slope
   with_outcome cumulative_ratio token_ratio sequence_ratio mean_root string_prob stop_gradient undetached truncated
-  masked both token ratio written step rcons take drop size nth all nat_of_bool eqn subn subn_rec Nat.sub andb negb].
+  masked both token ratio written step rcons take drop size nth all nat_of_bool eqn subn subn_rec Nat.sub same_string andb negb].
 Ltac rewrite_tree :=
   rewrite ?gradient_tree ?E_tree ?marginal_product_tree ?weighted_sum_tree ?clipped_sum_tree ?undetached_sum_tree
     ?path_sum_tree ?rho_tree ?path_prod_tree ?chi2_tree ?action_value_tree ?advantage_tree ?shared_logit_tree
-    ?position_logit_tree.
+    ?position_logit_tree ?prefix_logit_tree.
 Ltac unfold_estimator := unfold_strings; repeat (progress rewrite_tree; unfold_strings).
 Ltac unfold_policies :=
   lazy beta iota zeta delta [mean_of rcons prob binary Coins.coins Coins.coin coins two_tokens stop_or_go probability part whole].
@@ -451,17 +475,19 @@ Ltac forks n := lazymatch n with 0%N => uconstr:(Value _) | S ?m => let v := for
 Ltac one_by_one :=
   cbv beta iota delta [takes rcons]; repeat match goal with |- _ /\ _ => split end;
   unfold_estimator; unfold_policies; decide_comparisons; find_number.
+(* Computes an expectation or a variance that stands in the goal, which there becomes a number. *)
+Ltac evaluate mean n values :=
+  let x := fresh in let H := fresh in let v := forks n in
+  evar (x : rat); assert (H : mean = x);
+  [ subst x; refine (eq_trans (values _ n _ _ v _) _); [one_by_one | unfold_policies; find_number]
+  | subst x; rewrite H; clear H ].
+Ltac evaluate_means := repeat match goal with
+  | |- context [@Var ?R ?A ?p ?n ?s ?X] => evaluate (@Var R A p n s X) n Var_values
+  | |- context [@E ?R ?A ?p ?n ?s ?X] => evaluate (@E R A p n s X) n E_values
+  end.
 Ltac unfold_tree :=
-  repeat match goal with x := _ |- _ => subst x end; rewrite /pair_mean;
-  lazymatch goal with
-  | |- Var _ ?n _ _ = _ => let v := forks n in refine (eq_trans (@Var_values _ n _ _ v _) _); [one_by_one |]
-  | |- Var _ ?n _ _ + Var _ _ _ _ = _ => let v := forks n in
-    refine (eq_trans (congr2 +%R (@Var_values _ n _ _ v _) (@Var_values _ n _ _ v _)) _);
-    [one_by_one | one_by_one |]
-  | |- E _ ?n _ _ = _ => let v := forks n in refine (eq_trans (@E_values _ n _ _ v _) _); [one_by_one |]
-  | _ => unfold_estimator
-  end;
-  unfold_policies.
+  repeat match goal with x := _ |- _ => subst x end; lazy beta delta [pair_mean];
+  evaluate_means; unfold_estimator; unfold_policies.
 Ltac solve_tree := unfold_tree; decide_comparisons; compute_number.
 Ltac split_all := lazymatch goal with |- _ = _ => idtac | |- _ => split; split_all end.
 Ltac solve_all := split_all; solve_tree.
