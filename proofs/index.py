@@ -6,7 +6,7 @@ with the Rocq files, the derivations, the code and the tests.
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections import defaultdict
 from pathlib import Path
 
 from proofs import FOLDER
@@ -27,13 +27,15 @@ def _escaped(text: str) -> str:
 
 
 def table(known: list[Page]) -> str:
-    """The claims in Markdown, a table per page, in the order of the registry."""
+    """The claims in Markdown, a table per page; pages by their first claim, claims in the order of the registry."""
     where = {use.claim: (page, use) for page in known for use in page.uses}
-    lines = []
-    order = [identifier for identifier in CLAIMS if identifier in where]
-    for file, group in groupby(order, key=lambda identifier: where[identifier][0].file):
+    lines, grouped = [], defaultdict(list)
+    for identifier in CLAIMS:
+        if identifier in where:
+            grouped[where[identifier][0].file].append(identifier)
+    for file, ids in grouped.items():
         lines += [
-            f"### [{where[(ids := list(group))[0]][0].title}]({file})",
+            f"### [{where[ids[0]][0].title}]({file})",
             "",
             "| claim | statement | verdict | human proof | Rocq theorem | symbolic | simulation | test |",
             "|---|---|---|---|---|---|---|---|",
