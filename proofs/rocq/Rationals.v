@@ -250,8 +250,15 @@ Definition above (cap weight : rat) : bool := cap < weight.
 Definition truncated cap weight : rat := if above cap weight then cap else weight.
 Definition masked cap weight : rat := if above cap weight then 0 else weight.
 
-(* The mean over two independent strings. *)
+(* Mean and variance over two independent strings. *)
 Definition pair_mean p n (X : seq bool -> seq bool -> rat) : rat := E p n [::] (fun u => E p n [::] (X u)).
+Definition pair_Var p n (X : seq bool -> seq bool -> rat) : rat :=
+  pair_mean p n (fun u v => X u v ^+ 2) - pair_mean p n X ^+ 2.
+
+(* The mean over groups of two of the estimate (1/2) sum_i (R_i - baseline(R_i, R_j)) X_i. *)
+Definition in_pairs p n (X reward : seq bool -> rat) (baseline : rat -> rat -> rat) : rat :=
+  pair_mean p n (fun u v => ((reward u - baseline (reward u) (reward v)) * X u +
+                             (reward v - baseline (reward v) (reward u)) * X v) / 2%:R).
 
 (* The number of tokens up to the first 0, which ends a string; what follows it is padding. *)
 Fixpoint written w : nat := if w is a :: w' then if a then (written w').+1 else 1%N else 0%N.
@@ -370,7 +377,9 @@ Proof. by elim: s k => [|a s IHs] [|x k] //=; rewrite IHs eqseq_cons; case: a x 
 
 Lemma prefix_logit_tree k x p s a :
   prefix_logit k x p s a = (if same_string s k then ((if a then x else ~~ x) : bool)%:R - p s x else 0).
-Proof. by rewrite /prefix_logit /softmax_score same_stringE; case: eqP => _; case: a x => [] []; rewrite ?mul1r ?mul0r. Qed.
+Proof.
+by rewrite /prefix_logit /softmax_score same_stringE; case: eqP => _; case: a x => [] []; rewrite ?mul1r ?mul0r.
+Qed.
 
 (* The gradient by the product rule: the score of each token times what is expected after it. *)
 Section Slope.
@@ -428,14 +437,16 @@ Proof. by move=> X_v; rewrite /Var (mean_of_values p (fun x => x ^+ 2) X_v) (E_v
 Ltac unfold_strings := lazy beta iota zeta delta [
   Var mean_given Var_given pair_mean pair_ess tree_E tree_prod first_sum first_product tree_value tree_slope
   with_outcome cumulative_ratio token_ratio sequence_ratio mean_root string_prob stop_gradient undetached truncated
-  masked both token ratio written step rcons take drop size nth all nat_of_bool eqn subn subn_rec Nat.sub same_string andb negb].
+  masked both token ratio written step rcons take drop size nth all nat_of_bool eqn subn subn_rec Nat.sub
+  same_string andb negb].
 Ltac rewrite_tree :=
   rewrite ?gradient_tree ?E_tree ?marginal_product_tree ?weighted_sum_tree ?clipped_sum_tree ?undetached_sum_tree
     ?path_sum_tree ?rho_tree ?path_prod_tree ?chi2_tree ?action_value_tree ?advantage_tree ?shared_logit_tree
     ?position_logit_tree ?prefix_logit_tree.
 Ltac unfold_estimator := unfold_strings; repeat (progress rewrite_tree; unfold_strings).
 Ltac unfold_policies :=
-  lazy beta iota zeta delta [mean_of rcons prob binary Coins.coins Coins.coin coins two_tokens stop_or_go probability part whole].
+  lazy beta iota zeta delta [
+    mean_of rcons prob binary Coins.coins Coins.coin coins two_tokens stop_or_go probability part whole].
 (* The numeral that an expression is. *)
 Ltac numeral x :=
   lazymatch x with
@@ -450,7 +461,7 @@ Ltac numeral x :=
   | @GRing.zero _ => constr:(Zero)
   | @GRing.one _ => constr:(One)
   | rational ?q => constr:(Fraction q)
-  | _ => fail 100 "not a number:" x
+  | _ => fail "not a number:" x
   end.
 Ltac compute_number := lazymatch goal with
   | |- ?x = ?y => let e := numeral x in let f := numeral y in let H := fresh in
@@ -464,7 +475,7 @@ Ltac find_number := lazymatch goal with
   end.
 (* Whether a token is clipped, or a weight capped, is a comparison of numbers, which is computed. *)
 Ltac decide_comparisons :=
-  lazy beta iota delta [clipped above fst snd andb];
+  lazy beta iota delta [clipped above Order.min Order.max fst snd andb];
   repeat match goal with |- context [@Order.lt _ _ ?x ?y] =>
     let e := numeral x in let f := numeral y in let H := fresh in
     pose proof (@less e f _ (@Logic.eq_refl bool _)) as H; cbv beta iota delta [meaning] in H;
@@ -486,7 +497,7 @@ Ltac evaluate_means := repeat match goal with
   | |- context [@E ?R ?A ?p ?n ?s ?X] => evaluate (@E R A p n s X) n E_values
   end.
 Ltac unfold_tree :=
-  repeat match goal with x := _ |- _ => subst x end; lazy beta delta [pair_mean];
+  repeat match goal with x := _ |- _ => subst x end; lazy beta delta [in_pairs pair_mean];
   evaluate_means; unfold_estimator; unfold_policies.
 Ltac solve_tree := unfold_tree; decide_comparisons; compute_number.
 Ltac split_all := lazymatch goal with |- _ = _ => idtac | |- _ => split; split_all end.
