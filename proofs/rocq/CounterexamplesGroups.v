@@ -163,27 +163,6 @@ Theorem claim_7_third_policy_example (b := coins (1 // 2)) (pi := coins (3 // 4)
       E (coins (3 // 4)) 1 [::] (rho b pi) = 5%:R / 4%:R (* mu(1) = 3/4 *)].
 Proof. solve_all. Qed.
 
-(* --- a target that was trained on the sample ---------------------------------------------------------------------- *)
-
-(* A fair toss a, and the target after a step of log 2 along A g on it, both of its logits moving: the odds of 1 are
-   multiplied by 2^(2 A (a - 1/2)). The means are over tosses, each with the target that it made. *)
-Theorem claim_13_own_coin (b := coins (1 // 2))
-    (odds := fun p : binary_policy => p [::] true / p [::] false)
-    (up := fun a : bool => coins (if a then 2 // 3 else 1 // 3))
-    (ones := fun a : bool => coins (if a then 2 // 3 else 1 // 2))
-    (down := fun a : bool => coins (if a then 1 // 3 else 2 // 3))
-    (trained := fun (target : bool -> binary_policy) w => rho b (target (nth false w 0)) w) :
-  [/\ odds (up true) = 2%:R /\ odds (up false) = 1 / 2%:R,
-      odds (ones true) = 2%:R /\ odds (ones false) = 1 &
-      odds (down true) = 1 / 2%:R /\ odds (down false) = 2%:R] /\
-  [/\ E b 1 [::] (trained up) = 4%:R / 3%:R (* E rho, R = 1 *),
-      E b 1 [::] (trained ones) = 7%:R / 6%:R (* E rho, R = a *),
-      E b 1 [::] (trained down) = 2%:R / 3%:R (* E rho, R = -1 *) &
-      E b 1 [::] (fun w => trained ones w * token 0 w * path_sum (shared_logit (ones (nth false w 0))) w
-        - gradient (ones (nth false w 0)) (shared_logit (ones (nth false w 0))) 1 (token 0)) = - 1%:R / 72%:R
-        (* bias, R = a *)].
-Proof. solve_all. Qed.
-
 (* --- group means as baselines ------------------------------------------------------------------------------------- *)
 
 (* A mean that includes the response itself makes the gradient shorter, by 1 - 1/G. *)
@@ -376,8 +355,6 @@ End Halves.
 
 (* --- noise that is not normalized --------------------------------------------------------------------------------- *)
 
-(* --- noise that is not normalized --------------------------------------------------------------------------------- *)
-
 (* Recorded probabilities of a fair coin that are twice and half the true ones, and do not add up to 1. *)
 Theorem claim_12_kind_not_normalized (b := coins (1 // 2))
     (recorded := fun s a => b s a * (if a then 2%:R else 1 / 2%:R)) (mean := fun t =>
@@ -388,6 +365,25 @@ Theorem claim_12_kind_not_normalized (b := coins (1 // 2))
 Proof. solve_all. Qed.
 
 (* --- targets that were trained on the sample ---------------------------------------------------------------------- *)
+
+(* A fair toss a, and the target after a step of log 2 along A g on it, both of its logits moving: the odds of 1 are
+   multiplied by 2^(2 A (a - 1/2)). The means are over tosses, each with the target that it made. *)
+Theorem claim_13_own_coin (b := coins (1 // 2))
+    (odds := fun p : binary_policy => p [::] true / p [::] false)
+    (up := fun a : bool => coins (if a then 2 // 3 else 1 // 3))
+    (ones := fun a : bool => coins (if a then 2 // 3 else 1 // 2))
+    (down := fun a : bool => coins (if a then 1 // 3 else 2 // 3))
+    (trained := fun (target : bool -> binary_policy) w => rho b (target (nth false w 0)) w) :
+  [/\ odds (up true) = 2%:R /\ odds (up false) = 1 / 2%:R,
+      odds (ones true) = 2%:R /\ odds (ones false) = 1 &
+      odds (down true) = 1 / 2%:R /\ odds (down false) = 2%:R] /\
+  [/\ E b 1 [::] (trained up) = 4%:R / 3%:R (* E rho, R = 1 *),
+      E b 1 [::] (trained ones) = 7%:R / 6%:R (* E rho, R = a *),
+      E b 1 [::] (trained down) = 2%:R / 3%:R (* E rho, R = -1 *) &
+      E b 1 [::] (fun w => trained ones w * token 0 w * path_sum (shared_logit (ones (nth false w 0))) w
+        - gradient (ones (nth false w 0)) (shared_logit (ones (nth false w 0))) 1 (token 0)) = - 1%:R / 72%:R
+        (* bias, R = a *)].
+Proof. solve_all. Qed.
 
 (* Fair tokens, and the target after a step of log 2 along A sum_t g_t of one string w, which moves both logits of each
    prefix of w: there the odds of 1 are multiplied by 2^A if w goes on with 1, by 2^-A if with 0. *)
@@ -416,7 +412,8 @@ Qed.
 Theorem claim_13_group_pair (b := coins (1 // 3)) (odds := fun p : binary_policy => p [::] true / p [::] false)
     (A := fun x y : bool => x%:R - (x%:R + y%:R) / 2%:R)
     (target := fun x y : bool => coins (if x == y then 1 // 3 else if x then 8 // 9 else 2 // 3)) :
-  (forall x y, exists2 z : int, z%:~R = 12%:R * A x y * shared_logit b [::] x & odds (target x y) = odds b * 2%:R ^ z) /\
+  (forall x y, exists2 z : int,
+     z%:~R = 12%:R * A x y * shared_logit b [::] x & odds (target x y) = odds b * 2%:R ^ z) /\
   pair_mean b 1 (fun u v => rho b (target (nth false u 0) (nth false v 0)) v) = 28%:R / 27%:R
     (* E rho of the other response *) /\
   pair_mean b 1 (fun u v => rho b (target (nth false u 0) (nth false v 0)) u) = 34%:R / 27%:R
@@ -426,4 +423,63 @@ split; last by solve_all.
 move=> x y; exists (if x == y then 0 else if x then 4 else 2 : int).
   by case: x y => [] []; rewrite shared_logit_tree /A /= /Coins.coin /probability /=; compute_number.
 by case: x y => [] []; rewrite /odds /exprz /= /Coins.coin /probability /=; compute_number.
+Qed.
+
+(* The expectation of f(x + the number of ones) over n tosses of a fair coin. The number of tosses that are guessed
+   right, whatever they are guessed from, has the same law. *)
+Fixpoint tossed_sum n (f : rat -> rat) x : rat :=
+  if n is n'.+1 then (tossed_sum n' f (x + 1) + tossed_sum n' f x) / 2%:R else f x.
+
+Lemma right_guesses (guess : seq bool -> bool) f n s (right := path_sum (fun s a => (a == guess s)%:R : rat)) :
+  E (coins (1 // 2)) n s (fun v => f (right v)) = tossed_sum n f (right s).
+Proof.
+elim: n s => //= n IHn s; rewrite big_bool !IHn /right !path_sum_rcons /Coins.coin /probability /=.
+by case: (guess s); rewrite /= addr0; move: (tossed_sum _ _ _) (tossed_sum _ _ _) => x y; field.
+Qed.
+
+(* Fair tokens with logits of each position and R = 1 or -1 by the last token: the same step multiplies the odds of 1 at
+   a position by 2 if the string's token there equals its last one, by 1/2 if not. Every ratio is then 2/3 or 4/3, and
+   log2 rho_t is t log2(2/3) plus the number of ratios that are 4/3: of the string itself, and of a fresh one. *)
+Theorem claim_13_spread_last_token (b := coins (1 // 2))
+    (target := fun w => binary (fun s => if nth false w (size s) == last false w then 2 // 3 else 1 // 3))
+    (up := fun w s (a : bool) => (a == (nth false w (size s) == last false w)) : nat)
+    (ups := fun w => path_sum (fun s a => (up w s a)%:R : rat))
+    (own := fun t w => ups w (take t w)) (fresh := fun t w v => ups w (take t v)) :
+  (forall w s a, ratio b (target w) s a = 2%:R / 3%:R * 2%:R ^+ up w s a) /\
+  [/\ Var b 4 [::] (own 1%N) = 1%:R / 4%:R (* Var log2 rho_1, trained on *),
+      Var b 4 [::] (own 2%N) = 1%:R (* Var log2 rho_2, trained on *),
+      Var b 4 [::] (own 3%N) = 9%:R / 4%:R (* Var log2 rho_3, trained on *) &
+      Var b 4 [::] (own 4%N) = 4%:R (* Var log2 rho_4, trained on *)] /\
+  [/\ pair_Var b 4 (fresh 1%N) = 1%:R / 4%:R (* Var log2 rho_1, fresh *),
+      pair_Var b 4 (fresh 2%N) = 1%:R / 2%:R (* Var log2 rho_2, fresh *),
+      pair_Var b 4 (fresh 3%N) = 3%:R / 4%:R (* Var log2 rho_3, fresh *) &
+      pair_Var b 4 (fresh 4%N) = 1%:R (* Var log2 rho_4, fresh *)] /\
+  [/\ E b 4 [::] (fun w => rho b (target w) (take 1 w)) = 1%:R (* E rho_1, trained on *),
+      E b 4 [::] (fun w => rho b (target w) (take 2 w)) = 10%:R / 9%:R (* E rho_2, trained on *),
+      E b 4 [::] (fun w => rho b (target w) (take 3 w)) = 4%:R / 3%:R (* E rho_3, trained on *) &
+      E b 4 [::] (fun w => rho b (target w) (take 4 w)) = 136%:R / 81%:R (* E rho_4, trained on *)] /\
+  [/\ pair_mean b 4 (fun w v => rho b (target w) (take 1 v)) = 1%:R (* E rho_1, fresh *),
+      pair_mean b 4 (fun w v => rho b (target w) (take 2 v)) = 1%:R (* E rho_2, fresh *),
+      pair_mean b 4 (fun w v => rho b (target w) (take 3 v)) = 1%:R (* E rho_3, fresh *) &
+      pair_mean b 4 (fun w v => rho b (target w) (take 4 v)) = 1%:R (* E rho_4, fresh *)].
+Proof.
+have up_ratio w s a : ratio b (target w) s a = 2%:R / 3%:R * 2%:R ^+ up w s a.
+  by rewrite /ratio /up /= /Coins.coin; case: (_ == last _ _) a => [] []; rewrite /probability /=; compute_number.
+have AC w : absolutely_continuous b (target w).
+  move=> s a _ b0; have : b s a = 1 / 2%:R by case: a {b0}; rewrite /= /probability /=; compute_number.
+  by rewrite b0 => /esym/eqP; rewrite mulf_eq0 oner_eq0 invr_eq0 pnatr_eq0.
+have rho_fresh t : (t <= 4)%N -> pair_mean b 4 (fun w v => rho b (target w) (take t v)) = 1.
+  move=> le_t4; rewrite -[RHS](E_const b 4 [::]); apply: eq_E => w _; rewrite E_prefix //.
+  transitivity (E b t [::] (fun v => rho b (target w) v * 1)); first by apply: eq_E => v _; rewrite mulr1.
+  by rewrite change_of_measure // rho_nil E_const mulr1.
+have ups_fresh f t : (t <= 4)%N -> pair_mean b 4 (fun w v => f (fresh t w v)) = tossed_sum t f 0.
+  move=> le_t4; rewrite -[RHS](E_const b 4 [::]); apply: eq_E => w _.
+  rewrite (E_prefix b (fun v => f (ups w v))) // -(path_sum_nil (fun s a => (up w s a)%:R : rat)).
+  exact: (right_guesses (fun s => nth false w (size s) == last false w)).
+have Var_fresh t : (t <= 4)%N -> pair_Var b 4 (fresh t) = tossed_sum t (fun x => x ^+ 2) 0 - tossed_sum t id 0 ^+ 2.
+  by move=> le_t4; rewrite /pair_Var (ups_fresh (fun x => x ^+ 2)) // (ups_fresh id).
+split=> //; rewrite !Var_fresh // !rho_fresh //; split; [|split; [|split; last by split]].
+- by solve_all.
+- by split; rewrite /tossed_sum; compute_number.
+by solve_all.
 Qed.

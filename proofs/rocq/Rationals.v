@@ -1,7 +1,7 @@
 (* Small worlds over the rationals, and how their numbers are computed.
 
    The worlds of the files of counterexamples: two tokens (1 is true, 0 is false) or three, policies with small rational
-   probabilities, estimators, and tactics that compute an expectation. A computation unfolds the tree into one expression
+   probabilities, estimators, and tactics that compute an expectation. A computation unfolds the tree into an expression
    of numbers, reads that as a numeral, and lets the machine compute its value as a fraction of binary numbers. *)
 
 From Coq Require Import QArith Lia.
@@ -439,10 +439,13 @@ Ltac unfold_strings := lazy beta iota zeta delta [
   with_outcome cumulative_ratio token_ratio sequence_ratio mean_root string_prob stop_gradient undetached truncated
   masked both token ratio written step rcons take drop size nth all nat_of_bool eqn subn subn_rec Nat.sub
   same_string andb negb].
+(* What a file adds to the definitions that are unfolded. *)
+Ltac rewrite_own := idtac.
 Ltac rewrite_tree :=
   rewrite ?gradient_tree ?E_tree ?marginal_product_tree ?weighted_sum_tree ?clipped_sum_tree ?undetached_sum_tree
     ?path_sum_tree ?rho_tree ?path_prod_tree ?chi2_tree ?action_value_tree ?advantage_tree ?shared_logit_tree
-    ?position_logit_tree ?prefix_logit_tree.
+    ?position_logit_tree ?prefix_logit_tree;
+  rewrite_own.
 Ltac unfold_estimator := unfold_strings; repeat (progress rewrite_tree; unfold_strings).
 Ltac unfold_policies :=
   lazy beta iota zeta delta [
@@ -473,14 +476,21 @@ Ltac find_number := lazymatch goal with
     assert (H : meaning e = rational q) by (apply number; vm_compute; reflexivity);
     cbv beta iota delta [meaning] in H; exact H
   end.
+(* Replaces the left side of H, just where it is written. *)
+Ltac put H := lazymatch type of H with ?x = ?y =>
+    pattern x; lazymatch goal with |- ?P x => refine (@eq_ind_r _ y P _ x H) end; cbv beta
+  end.
 (* Whether a token is clipped, or a weight capped, is a comparison of numbers, which is computed. *)
 Ltac decide_comparisons :=
   lazy beta iota delta [clipped above Order.min Order.max fst snd andb];
-  repeat match goal with |- context [@Order.lt _ _ ?x ?y] =>
-    let e := numeral x in let f := numeral y in let H := fresh in
-    pose proof (@less e f _ (@Logic.eq_refl bool _)) as H; cbv beta iota delta [meaning] in H;
-    match type of H with _ = ?answer => let c := eval vm_compute in answer in change answer with c in H end;
-    rewrite H; clear H; lazy beta iota delta [andb]
+  repeat match goal with |- context [@Order.lt ?d ?T ?x ?y] =>
+    let e := numeral x in let f := numeral y in
+    let answer := eval vm_compute in (Z.ltb 0 (Qnum (Qminus (fraction f) (fraction e)))) in
+    let H := fresh in let L := fresh in
+    assert (H : @Order.lt d T x y = answer);
+    [ assert (L : (meaning e < meaning f) = answer) by (apply less; vm_compute; reflexivity);
+      cbv beta iota delta [meaning] in L; exact L
+    | put H; clear H; lazy beta iota delta [andb] ]
   end.
 Ltac forks n := lazymatch n with 0%N => uconstr:(Value _) | S ?m => let v := forks m in uconstr:(Fork v v) end.
 Ltac one_by_one :=
@@ -491,7 +501,7 @@ Ltac evaluate mean n values :=
   let x := fresh in let H := fresh in let v := forks n in
   evar (x : rat); assert (H : mean = x);
   [ subst x; refine (eq_trans (values _ n _ _ v _) _); [one_by_one | unfold_policies; find_number]
-  | subst x; rewrite H; clear H ].
+  | subst x; put H; clear H ].
 Ltac evaluate_means := repeat match goal with
   | |- context [@Var ?R ?A ?p ?n ?s ?X] => evaluate (@Var R A p n s X) n Var_values
   | |- context [@E ?R ?A ?p ?n ?s ?X] => evaluate (@E R A p n s X) n E_values
