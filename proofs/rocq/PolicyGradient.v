@@ -174,6 +174,82 @@ Qed.
 
 End PolicyGradient.
 
+(* --- the first-order coefficient is the derivative ----------------------------------------------------------------- *)
+
+(* Policies q eps that agree with p + eps p g up to C eps^2 have expectations that agree with E_p[X] and its derivative
+   up to K eps^2, at every history: the product rule along the string, the remainders collected token by token. *)
+Section FirstOrder.
+
+Variables (R : realFieldType) (A : finType) (p : policy R A) (g : seq A -> A -> R).
+Variables (q : R -> seq A -> A -> R) (C : R).
+Hypothesis q_near : forall eps s a, `|eps| <= 2%:R^-1 ->
+  `|q eps s a - p s a - eps * (p s a * g s a)| <= C * eps ^+ 2.
+
+Lemma E_first_order n s (X : seq A -> R) : exists K, forall eps, `|eps| <= 2%:R^-1 ->
+  `|E (q eps) n s X - E p n s X - eps * E p n s (fun w => (path_sum g w - path_sum g s) * X w)| <= K * eps ^+ 2.
+Proof.
+elim: n s => [|n IHn] s /=.
+  by exists 0 => eps _; rewrite !subrr mul0r mulr0 subrr normr0 mul0r.
+have [K near] := fin_all_exists (fun a => IHn (rcons s a)).
+pose D a := E p n (rcons s a) (fun w => (path_sum g w - path_sum g (rcons s a)) * X w).
+pose V a := E p n (rcons s a) X.
+exists (\sum_a (C * (`|V a| + `|D a| + `|K a|) + (`|p s a * g s a| + p s a) * `|K a| + `|p s a * g s a * D a|)).
+move=> eps eps_le.
+have eps_le1 : `|eps| <= 1 by apply: le_trans eps_le _; rewrite invf_le1 ?ler1n ?ltr0n.
+rewrite big_distrr -!sumrB big_distrl /=; apply: le_trans (ler_norm_sum _ _ _) _; apply: ler_sum => a _.
+have -> : E p n (rcons s a) (fun w => (path_sum g w - path_sum g s) * X w) = D a + g s a * V a.
+  rewrite /D /V -E_scale -E_add; apply: eq_E => w _; rewrite path_sum_rcons; ring.
+have {near} := near a eps eps_le; rewrite -/(D a) -/(V a).
+set z := E (q eps) n (rcons s a) X => near_z.
+pose r := q eps s a - p s a - eps * (p s a * g s a).
+have near_q : `|r| <= C * eps ^+ 2 by exact: q_near.
+have -> : q eps s a * z - p s a * V a - eps * (p s a * (D a + g s a * V a)) =
+    r * (V a + eps * D a + (z - V a - eps * D a)) + (eps * (p s a * g s a) + p s a) * (z - V a - eps * D a)
+      + p s a * g s a * D a * eps ^+ 2 by rewrite /r; ring.
+have near_K : `|z - V a - eps * D a| <= `|K a| * eps ^+ 2.
+  by apply: le_trans near_z _; rewrite ler_wpmul2r ?sqr_ge0 ?ler_norm.
+have near_K1 : `|z - V a - eps * D a| <= `|K a|.
+  apply: le_trans near_K _; rewrite ler_pimulr // -real_normK ?num_real //.
+  by rewrite exprn_ile1.
+have near_D : `|eps * D a| <= `|D a| by rewrite normrM ler_pimull.
+have near_p : `|eps * (p s a * g s a) + p s a| <= `|p s a * g s a| + p s a.
+  by rewrite (le_trans (ler_norm_add _ _)) // normrM (ger0_norm (prob_ge0 _ _ _)) ler_add2r ler_pimull.
+rewrite [X in _ <= X]mulrDl [X in _ <= X + _]mulrDl.
+apply: le_trans (ler_norm_add _ _) _; apply: ler_add; last by rewrite normrM (ger0_norm (sqr_ge0 _)).
+apply: le_trans (ler_norm_add _ _) _; apply: ler_add; rewrite normrM.
+  rewrite mulrAC; apply: ler_pmul => //.
+  by do 2![apply: le_trans (ler_norm_add _ _) _; apply: ler_add => //].
+by rewrite -mulrA; apply: ler_pmul.
+Qed.
+
+Theorem policy_gradient_first_order H reward : exists K, forall eps, `|eps| <= 2%:R^-1 ->
+  `|E (q eps) H [::] reward - objective H reward p - eps * gradient p g H reward| <= K * eps ^+ 2.
+Proof.
+have [K near] := E_first_order H [::] reward; exists K => eps /near.
+rewrite policy_gradient; congr (`|_ - _ * _| <= _); apply: eq_E => w _.
+by rewrite path_sum_nil subr0.
+Qed.
+
+End FirstOrder.
+
+(* The gradient of 3.prop1 is the derivative of J: move one logit of a softmax by log(1 + eps), and J moves by eps times
+   the gradient in the direction of that logit's score, up to K eps^2. *)
+Theorem claim_3_prop1_derivative (R : realFieldType) (A : finType) (K : eqType) (key : seq A -> K) (v : K -> A -> R)
+    (p : policy R A) k a' H reward :
+  (forall j x, 0 < v j x) -> (forall s a, p s a = softmax key v s a) ->
+  exists C, forall eps, `|eps| <= 2%:R^-1 ->
+    `|E (softmax key (bump v k a' eps)) H [::] reward - objective H reward p
+        - eps * gradient p (softmax_score p key k a') H reward| <= C * eps ^+ 2.
+Proof.
+move=> v_gt0 p_soft; apply: (policy_gradient_first_order (C := 2%:R)) => eps s a.
+rewrite ler_norml => /andP[eps_ge _].
+have eps_gt : 0 < 1 + eps.
+  rewrite -subr_gt0 subr0 -[eps]opprK subr_gt0 (le_lt_trans (y := 2%:R^-1)) //; first by rewrite ler_oppl.
+  by rewrite invf_lt1 ?ltr1n ?ltr0n.
+rewrite softmax_derivative // mulNr normrN normrM (ger0_norm (sqr_ge0 _)) mulrC ler_wpmul2r ?sqr_ge0 //.
+exact: softmax_remainder.
+Qed.
+
 (* --- claim 3.prop1: the cumulative ratio -------------------------------------------------------------------------- *)
 
 Section CumulativeRatio.
