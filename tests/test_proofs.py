@@ -40,7 +40,8 @@ MACHINE_CHECKED = {
         "claim_1s_strict_example",
     ),
     *("claim_1_optimal", "claim_1_optimal_variance", "claim_1_optimal_unique", "claim_1_optimal_among_unbiased"),
-    *("claim_3_prop1", "claim_3_prop1_gradient", "claim_4_expectation", "claim_4_expectation_bias"),
+    *("claim_3_prop1", "claim_3_prop1_gradient", "claim_3_prop1_derivative"),
+    *("claim_4_expectation", "claim_4_expectation_bias"),
     *("claim_4_lookahead", "claim_4_lookahead_exact", "claim_4_doubly_robust", "claim_4_unbiased_sign"),
     *(
         "claim_2_product",
@@ -127,7 +128,7 @@ def test_theorems_are_named_after_claims_and_only_they_are_called_theorems():
 
 
 #: Theorems that serve many claims.
-GENERAL = {"change_of_measure", "policy_gradient"}
+GENERAL = {"change_of_measure", "policy_gradient", "policy_gradient_first_order"}
 
 
 def test_what_must_be_machine_checked_is():
