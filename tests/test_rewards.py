@@ -1005,6 +1005,37 @@ def test_ended_scripts_leave_no_workers(tmp_path, ending):
     wait_until(lambda: not any(map(alive, workers)))
 
 
+class RawWorker:
+    """A reward worker without `Rewards`: its process and the parent's ends of its two pipes."""
+
+    def __init__(self, *program, **setup):
+        inward, outward = os.pipe(), os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, *program, str(inward[0]), str(outward[1])],
+            pass_fds=(inward[0], outward[1]),
+            stderr=subprocess.PIPE,
+        )
+        for end in (inward[0], outward[1]):
+            os.close(end)
+        self.requests, self.replies = os.fdopen(inward[1], "wb", buffering=0), os.fdopen(outward[0], "rb")
+        self.send({"path": sys.path, "pattern": None, "memory": None, "timeout": 1, **setup})
+        assert json.loads(self.replies.read(int.from_bytes(self.replies.read(4), "big"))) == {"ready": True}
+
+    def send(self, message, part=1.0):
+        data = json.dumps(message).encode()
+        data = len(data).to_bytes(4, "big") + data
+        self.requests.write(data[: int(part * len(data))])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+        self.requests.close()
+        self.replies.close()
+
+
 def test_a_worker_stuck_in_c_ends_itself_when_the_parent_is_gone(tmp_path):
     """No thread of it can run, so only the alarm is left."""
     # It says that it is there without letting go of the interpreter, so that the thread which notices the end of the
@@ -1017,31 +1048,25 @@ def test_a_worker_stuck_in_c_ends_itself_when_the_parent_is_gone(tmp_path):
             return 10 ** 10 ** 10
     """
     (tmp_path / "stuck.py").write_text(textwrap.dedent(code), encoding="utf-8")
-    setup = {"path": [str(tmp_path), *sys.path], "parts": ["stuck:f"], "pattern": None, "memory": None, "timeout": 1}
-    inward, outward = os.pipe(), os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-c", ALARMED, str(inward[0]), str(outward[1])],
-        pass_fds=(inward[0], outward[1]),
-        stderr=subprocess.PIPE,
-    )
+    with RawWorker("-c", ALARMED, path=[str(tmp_path), *sys.path], parts=["stuck:f"]) as worker:
+        worker.send({"task": 0, "part": "stuck:f", "response": "", "row": {}})
+        assert worker.process.stderr.read(5) == b"taken"
+        worker.requests.close()
+        assert worker.process.wait(timeout=PATIENT) == -signal.SIGALRM
 
-    def send(message):
-        data = json.dumps(message).encode()
-        os.write(inward[1], len(data).to_bytes(4, "big") + data)
 
-    try:
-        for end in (inward[0], outward[1]):
-            os.close(end)
-        send(setup)
-        with os.fdopen(outward[0], "rb") as replies:
-            assert json.loads(replies.read(int.from_bytes(replies.read(4), "big"))) == {"ready": True}
-            send({"task": 0, "part": "stuck:f", "response": "", "row": {}})
-            assert process.stderr.read(5) == b"taken"
-            os.close(inward[1])
-        assert process.wait(timeout=PATIENT) == -signal.SIGALRM
-    finally:
-        process.kill()
-        process.communicate()
+@pytest.mark.parametrize("gone", ["before the reply", "while it wrote a request"])
+def test_a_worker_whose_parent_is_gone_ends_silently(gone):
+    with RawWorker(_reward_worker.__file__, parts=["format"], pattern="a") as worker:
+        request = {"task": 0, "part": "format", "response": "a", "row": {}}
+        if gone == "before the reply":
+            worker.replies.close()  # the end of the requests is not seen yet
+            worker.send(request)
+        else:
+            worker.send(request, part=0.5)
+            worker.requests.close()
+        assert worker.process.wait(timeout=PATIENT) == 0
+        assert worker.process.stderr.read() == b""
 
 
 ALARMED = """

@@ -427,13 +427,19 @@ def main(requests: int, replies: int) -> None:
     def read() -> None:
         # In a thread of its own, so that the end of the parent is noticed whatever a reward does.
         while len(head := source.read(4)) == 4:
-            received.put(json.loads(source.read(int.from_bytes(head, "big"))))
+            length = int.from_bytes(head, "big")
+            if len(data := source.read(length)) < length:  # the parent was killed while it wrote
+                break
+            received.put(json.loads(data))
         os._exit(0)
 
     def send(message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
-        sink.write(len(data).to_bytes(4, "big") + data)
-        sink.flush()
+        try:
+            sink.write(len(data).to_bytes(4, "big") + data)
+            sink.flush()
+        except BrokenPipeError:  # the parent is gone, and `read` has not been told yet
+            os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     setup = received.get()
